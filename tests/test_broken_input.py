@@ -1,0 +1,500 @@
+"""Wrong flags, wrong annotations, wrong checkpoints, unreadable media: what the user is told, and what goes on."""
+import faulthandler
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+
+import grpo_video as g
+import sft_video
+from test_smoke import CPU, ROOT
+from toy import make_toy
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def lines(capsys):
+    """lines(call) -> what a call that must end the program with exit code 2 tells the user, a line per problem."""
+    def told(call):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            call()
+        out, prefix = capsys.readouterr(), f"{Path(sys.argv[0]).name}: error: "
+        told = out.err.splitlines()
+        assert end.value.code == 2 and out.out == "" and all(line.startswith(prefix) for line in told), out.err
+        return [line.removeprefix(prefix) for line in told]
+    return told
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data root with one video, one image, and things that are neither."""
+    root = tmp_path / "root"
+    for folder in ("videos/Ego4D/folder.avi", "images/Ego4D", "annotations"):
+        (root / folder).mkdir(parents=True)
+    make_toy.write_avi(root / "videos/Ego4D/1.avi", FRAMES)
+    make_toy.write_avi(tmp_path / "outside.avi", FRAMES)
+    (root / "videos/Ego4D/link.avi").symlink_to(tmp_path / "outside.avi")
+    (root / "videos/Ego4D/inner.avi").symlink_to(root / "videos/Ego4D/1.avi")
+    os.mkfifo(root / "videos/Ego4D/fifo.avi")
+    Image.fromarray(FRAMES[0]).save(root / "images/Ego4D/1.png")
+    return root
+
+
+PLAIN = dict(sample_id=1, video_source="Ego4D", question="What next?", answer="cut", choice_a="cut", choice_b="peel", choice_c="wash",
+             choice_d="dry", golden_choice_idx="A", task_progress_metadata=[dict(narration_text="peel", start_frame=0, stop_frame=7)],
+             video_basename="1.avi", current_observation_basename="1.png")
+DRAWN = {k: v for k, v in PLAIN.items() if k != "golden_choice_idx"} | dict(negative_answers=["peel", "wash", "dry", "stir"])
+CHAT = dict(sample_id=1, response="<think>so</think><answer>A. cut</answer>", prompt=[dict(role="user", content=[
+    dict(type="video", video="videos/Ego4D/1.avi"), dict(type="image", image="images/Ego4D/1.png"), dict(type="text", text="Next?")])])
+
+
+def write_rows(path, *rows):
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
+    return path
+
+
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags, expected", [
+    ("--learning_rat 1", ["--learning_rat"]),
+    ("--temp 0.5", ["--temp"]),  # no abbreviations: a new flag would change what they mean
+    ("stray", ["stray"]),
+    ("--num_generations 1", ["--num_generations 1: must be a number at least 2"]),
+    ("--temperature 0", ["--temperature 0.0: must be a number above 0"]),
+    ("--max_frames 1", ["--max_frames 1: must be a number at least 2"]),
+    ("--learning_rate=-1e-6", ["--learning_rate -1e-06: must be a number above 0"]),
+    ("--learning_rate inf", ["--learning_rate inf: must be a number above 0"]),
+    ("--beta nan", ["--beta nan: must be a number at least 0"]),
+    ("--warmup_ratio 2", ["--warmup_ratio 2.0: must be a number at most 1"]),
+    ("--epsilon_high 0", ["--epsilon_high 0.0: must be a number above 0"]),
+    ("--loss_type ppo", ["--loss_type.* invalid choice: 'ppo' .choose from .*dr_grpo"]),
+    ("--num_generations many", ["--num_generations.* invalid int value: 'many'"]),
+    ("--num_generations 2.5", ["--num_generations.* invalid int value: '2.5'"]),
+    ("--seed", ["--seed.* expected one argument"]),
+    ("--scale_rewards maybe", ["--scale_rewards"]),
+    ("--toy --fps 0", ["--fps 0.0: must be a number above 0"]),
+    ("--num_generations 0 --temperature -1 --max_frames 0 --fps nan", ["--num_generations 0", "--temperature -1.0", "--max_frames 0",
+                                                                      "--fps nan"]),
+])
+def test_wrong_flags(lines, flags, expected):
+    """An unknown flag or an impossible value: one line per problem, naming the flag and what would be right."""
+    told = lines(lambda: g.parse_config(g.Config, g.TOY, flags.split()))
+    assert len(told) == len(expected)
+    for word in expected:
+        assert any(re.search(word, line) for line in told), told
+
+
+@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
+def test_every_number_has_limits(lines, script):
+    """No number may be NaN, infinite or far below zero: such a value would pass silently into a long run."""
+    for f in fields(script.Config):
+        if f.type in (int, float) or "float" in str(f.type):
+            for value in ["-99"] if f.type is int else ["-99", "nan", "inf"]:
+                assert f"--{f.name} " in lines(lambda: script.parse_config(script.Config, {}, [f"--{f.name}={value}"]))[0]
+
+
+def test_good_flags_pass():
+    """The defaults are within their own limits, the toy's too, flags win over the toy's, and bools can be switched off."""
+    for script in (g, sft_video):
+        assert script.parse_config(script.Config, script.TOY, []) == script.Config()
+        toy = script.parse_config(script.Config, script.TOY, ["--toy", "--max_frames", "4", "--gradient_checkpointing", "true"])
+        assert toy == script.Config(**script.TOY | dict(toy=True, max_frames=4, gradient_checkpointing=True))
+    flags = ["--epsilon_high", "0.28", "--scale_rewards", "false"]
+    assert g.parse_config(g.Config, g.TOY, flags) == g.Config(epsilon_high=0.28, scale_rewards=False)
+
+
+@pytest.mark.parametrize("script", ["grpo_video.py", "sft_video.py"])
+def test_a_wrong_flag_as_the_shell_sees_it(tmp_path, script):
+    """Exit code 2, the script's name and the problems on stderr, nothing else, no traceback, no output folder."""
+    done = subprocess.run([sys.executable, ROOT / script, "--learning_rate", "0", "--output_dir", tmp_path / "run", "--max_frames", "1"],
+                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    told = [line for line in done.stderr.splitlines() if "requires torchvision" not in line]
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert told == [f"{script}: error: --{problem}" for problem in ("learning_rate 0.0: must be a number above 0",
+                                                                    "max_frames 1: must be a number at least 2")]
+
+
+# ---- Annotations ----------------------------------------------------------------------------------------------------
+def test_missing_annotations(lines, tmp_path):
+    """No annotation file: its path, the hub's data set, and the way without any download."""
+    told = "\n".join(lines(lambda: g.load_records(tmp_path / "training_6k.jsonl", tmp_path)))
+    for word in (str(tmp_path / "training_6k.jsonl"), "TencentARC/SEED-Bench-R1", "--toy"):
+        assert word in told
+    assert "no such annotation file" in lines(lambda: g.load_records(tmp_path, tmp_path))[0]  # a folder is none
+
+
+def bad(row=PLAIN, without="", **changes):
+    return {k: v for k, v in (row | dict(sample_id=2) | changes).items() if k != without}
+
+
+def chat(*content):
+    return bad(CHAT, prompt=[dict(role="user", content=list(content))])
+
+
+BAD_ROWS = {  # name: (the line, what the message must say)
+    "malformed JSON": (b'{"sample_id": 2, "question": ', "line 1 column"),
+    "not UTF-8": (b'{"sample_id": 2, "question": "\xff\xfe"}', "utf-8"),
+    "UTF-16": (json.dumps(PLAIN).encode("utf-16"), "utf-8"),
+    "a list": ([PLAIN], "must be an object"),
+    "a number": (b"7", "must be an object"),
+    "null": (b"null", "must be an object"),
+    "nested without end": (b"[" * 10 ** 5, ""),
+    "10 MB of junk": (b'{"sample_id": 2, "question": "' + b"x" * 10 ** 7, ""),
+    "10 MB where a letter belongs": (bad(golden_choice_idx="x" * 10 ** 7), "golden_choice_idx"),
+    "no sample_id": (bad(without="sample_id"), "sample_id"),
+    "sample_id null": (PLAIN | dict(sample_id=None), "sample_id"),
+    "sample_id a list": (PLAIN | dict(sample_id=[2]), "sample_id"),
+    "sample_id again": (PLAIN, "line 1's already"),
+    "sample_id again, as text": (PLAIN | dict(sample_id="1"), "line 1's already"),
+    **{f"no {key}": (bad(without=key), key) for key in PLAIN if key not in ("sample_id", "answer", "golden_choice_idx")},
+    **{f"{key} null": (bad(**{key: None}), key) for key in ("question", "choice_b", "video_source", "task_progress_metadata")},
+    "question a number": (bad(question=5), "question"),
+    "empty choice": (bad(choice_c=" "), "choice_c"),
+    "gold E": (bad(golden_choice_idx="E"), "golden_choice_idx 'E' must be A, B, C or D"),
+    "gold a": (bad(golden_choice_idx="a"), "golden_choice_idx 'a'"),
+    "gold 0": (bad(golden_choice_idx=0), "golden_choice_idx 0"),
+    "gold empty": (bad(golden_choice_idx=""), "golden_choice_idx ''"),
+    "no negatives": (bad(DRAWN, "negative_answers"), "negative_answers"),
+    "two negatives": (bad(DRAWN, negative_answers=["peel", "wash"]), "at least 3"),
+    "a negative twice": (bad(DRAWN, negative_answers=["peel", "wash", "wash"]), "at least 3"),
+    "the answer among three negatives": (bad(DRAWN, negative_answers=["peel", "cut", "wash"]), "at least 3"),
+    "an empty negative": (bad(DRAWN, negative_answers=["peel", "wash", "dry", ""]), "negative_answers"),
+    "negatives in one string": (bad(DRAWN, negative_answers="peel wash dry"), "negative_answers"),
+    "no answer": (bad(DRAWN, "answer"), "answer"),
+    "progress not a list": (bad(task_progress_metadata="some"), "task_progress_metadata"),
+    "path ../": (bad(video_basename="../../../outside.avi"), "leaves the data root"),
+    "source ../": (bad(video_source="../.."), "leaves the data root"),
+    "a link out of the root": (bad(video_basename="link.avi"), "leaves the data root"),
+    "no such video": (bad(video_basename="none.avi"), "videos/Ego4D/none.avi"),
+    "no such image": (bad(current_observation_basename="none.png"), "images/Ego4D/none.png"),
+    "a folder": (bad(video_basename="folder.avi"), "folder.avi"),
+    "a FIFO": (bad(video_basename="fifo.avi"), "fifo.avi"),
+    "a name too long": (bad(video_basename="x" * 5000), "too long"),
+    "a name with a zero": (bad(video_basename="a\0.avi"), "null"),
+    "special token": (bad(question="<|video_pad|>?"), "special token"),
+    "special token in a choice": (bad(choice_a="cut<|im_end|>"), "special token"),
+    "special token, escaped": (json.dumps(bad(question="<|video_pad|>?")).replace("<", r"\u003c").encode(), "special token"),
+    "half a character": (bad(question="\ud83d?"), ""),
+}
+BAD_CHAT_ROWS = {
+    "no prompt": (bad(CHAT, "prompt"), "prompt"),
+    "a plain row": (bad(), "--answer_only"),
+    "prompt a string": (bad(CHAT, prompt="Next?"), "prompt"),
+    "an empty message": (chat(), "prompt"),
+    "a message that is none": (bad(CHAT, prompt=["Next?"]), "prompt"),
+    "content of strings": (chat("Next?"), ""),
+    "a video without a path": (chat(dict(type="video", video=None)), "video"),
+    "an image without a type": (chat(dict(image="images/Ego4D/1.png")), ""),
+    "no such file": (chat(dict(type="image", image="none.png")), "none.png"),
+    "absolute path": (chat(dict(type="image", image="/etc/passwd")), "leaves the data root"),
+    "no response": (bad(CHAT, "response"), "response"),
+    "empty response": (bad(CHAT, response=""), "response"),
+    "special token in the response": (bad(CHAT, response="<answer>A</answer><|im_end|>"), "special token"),
+}
+
+
+@pytest.mark.parametrize("good, parse, row, word", [
+    *(pytest.param(PLAIN, g.parse_record, *case, id=name) for name, case in BAD_ROWS.items()),
+    *(pytest.param(CHAT, sft_video.parse_chat, *case, id=f"chat: {name}") for name, case in BAD_CHAT_ROWS.items())])
+def test_a_bad_row(lines, root, good, parse, row, word):
+    """Before any training: one short line with file:line, sample_id and what is wrong."""
+    path, start = write_rows(root / "rows.jsonl", good, row), time.perf_counter()
+    told = [line for line in lines(lambda: g.load_records(path, root, parse)) if f"{path}:2: " in line]
+    assert len(told) == 1 and f"{path}:2: sample_id " in told[0] and word in told[0]
+    assert len(told[0]) < 1000 + len(str(root)) or "too long" in told[0]
+    if isinstance(row, dict) and isinstance(row.get("sample_id"), (int, str)):
+        assert f": sample_id {row['sample_id']}: " in told[0]
+    assert time.perf_counter() - start < 5
+
+
+def test_many_bad_rows(lines, root):
+    """All bad rows are reported in one go: 20 lines and the count; exactly 20 need no count."""
+    rows = [PLAIN | dict(sample_id=f"uuid_{n}", question=None) for n in range(45)]
+    told = lines(lambda: g.load_records(write_rows(root / "rows.jsonl", *rows), root))
+    assert len(told) == 21 and "45" in told[20]
+    assert [f"{root}/rows.jsonl:{n + 1}: sample_id uuid_{n}: " in line for n, line in enumerate(told[:20])] == [True] * 20
+    assert len(lines(lambda: g.load_records(write_rows(root / "rows.jsonl", *rows[:20]), root))) == 20
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_an_empty_file(lines, root, content):
+    """A file without records is an error, not a training run of no steps."""
+    (root / "rows.jsonl").write_bytes(content)
+    assert lines(lambda: g.load_records(root / "rows.jsonl", root)) == [f"{root}/rows.jsonl: holds no records"]
+
+
+def test_rows_that_look_bad_but_are_not(root):
+    """A byte-order mark, CRLF, blank lines, other alphabets, unknown fields pass; an answer among enough negatives is no negative."""
+    rows = [PLAIN, PLAIN | dict(sample_id="é🙂", question="切る\u2028?", extra=None),
+            PLAIN | dict(sample_id=3, video_basename="inner.avi"),
+            DRAWN | dict(sample_id=4, negative_answers=["peel", "cut", "wash", "dry"]), DRAWN | dict(sample_id=5, golden_choice_idx=None)]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
+    (root / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n\n")
+    records = g.load_records(root / "rows.jsonl", root)
+    assert [r["sample_id"] for r in records] == [1, "é🙂", 3, 4, 5] and records[1]["question"] == "切る\u2028?"
+    for epoch in range(30):
+        choices, gold = g.choose(records[3], 42, epoch)
+        assert sorted(choices) == ["cut", "dry", "peel", "wash"] and choices["ABCD".index(gold)] == "cut"
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+BAD_CHECKPOINTS = {
+    "another architecture": (lambda f: change_config(f, model_type="llama"), "'llama'"),
+    "an unknown architecture": (lambda f: change_config(f, model_type="no_such_model"), ""),
+    "no config": (lambda f: (f / "config.json").unlink(), ""),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), ""),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 5000), ""),
+    "weights of text": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), ""),
+    "a tensor too few": (lambda f: change_weights(f, lambda w: w.pop("model.norm.weight")), "model.norm.weight"),
+    "a tensor too many": (lambda f: change_weights(f, lambda w: w.update(extra=torch.zeros(1))), "extra"),
+    "another width": (lambda f: change_config(f, intermediate_size=96), "must be [64, 96]"),
+    "empty": (lambda f: [file.unlink() for file in f.iterdir()], ""),
+}
+
+
+@pytest.mark.parametrize("damage, word", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_a_bad_checkpoint(lines, toy, tmp_path, damage, word):
+    """A folder that is no Qwen2-VL, or half of one, is named with --model and what is wrong: by name, if it is a tensor."""
+    shutil.copytree(toy / "init", tmp_path / "model")
+    damage(tmp_path / "model")
+    told = lines(lambda: g.load_model(tmp_path / "model", CPU, torch.float32))
+    assert all(line.startswith(f"--model {tmp_path / 'model'}: ") for line in told) and word in told[0]
+
+
+def test_no_model_and_no_hub(lines, monkeypatch):
+    """A model that is neither a folder nor to be had from the hub: how to get the paper's, and the way without any."""
+    def offline(*args, **kwargs):
+        raise OSError("offline\nand so on")
+
+    monkeypatch.setattr(g, "snapshot_download", offline)
+    told = "\n".join(lines(lambda: g.find_model("no/such-model")))
+    assert "--model no/such-model" in told and "Qwen/Qwen2-VL-7B-Instruct" in told and "--toy" in told and "and so on" not in told
+
+
+# ---- Media ----------------------------------------------------------------------------------------------------------
+def avi(folder, frames=FRAMES, declared=None):
+    """-> the bytes of an AVI file, whose headers may declare another number of frames."""
+    make_toy.write_avi(folder / "made.avi", frames)
+    data = bytearray((folder / "made.avi").read_bytes())
+    if declared is not None:
+        struct.pack_into("<I", data, data.find(b"avih") + 8 + 16, declared)
+        struct.pack_into("<I", data, data.find(b"strh") + 8 + 32, declared)
+    return bytes(data)
+
+
+def png(folder, *shape):
+    Image.fromarray(np.resize(FRAMES, (*shape, 3))).save(folder / "made.png")
+    return (folder / "made.png").read_bytes()
+
+
+def load(toy, media, **changes):
+    """-> the sample of a record with these media, decoded as in training."""
+    tokenizer, config = AutoTokenizer.from_pretrained(toy / "init"), AutoConfig.from_pretrained(toy / "init")
+    record = dict(sample_id="uuid_1", domain="all", question="What next?", choices=["cut", "peel", "wash", "dry"], gold="A", media=media)
+    return g.VideoDataset([record], tokenizer, config, g.Config(**dict(frame_size=56, max_frames=8, decode_timeout=5.0) | changes))[0]
+
+
+@pytest.mark.parametrize("name, make", [
+    ("empty.avi", lambda folder: b""),
+    ("text.avi", lambda folder: b"this is no video\n" * 99),
+    ("cut_in_the_header.avi", lambda folder: avi(folder)[:100]),
+    ("cut_in_a_frame.avi", lambda folder: avi(folder)[:-20000]),
+    ("zero_frames.avi", lambda folder: avi(folder, FRAMES[:0])),
+    ("an_image.avi", lambda folder: b"\x89PNG" + bytes(range(256)) * 9),
+    ("huge.avi", lambda folder: avi(folder, declared=2 ** 31 - 1)),
+    ("empty.png", lambda folder: b""),
+    ("text.png", lambda folder: b"this is no image\n" * 99),
+    ("cut.png", lambda folder: png(folder, 56, 56)[:2000]),
+    ("bomb.png", lambda folder: png(folder, 1, 1).replace(struct.pack(">2I", 1, 1), struct.pack(">2I", 10 ** 5, 10 ** 5))),
+    ("gone.avi", None),
+])
+def test_unreadable_media(toy, tmp_path, monkeypatch, name, make):
+    """Trap 13: {sample_id, error} with the path and the cause in one line, soon; no pixels and no prompt."""
+    decode = g.VideoDataset.decode  # decord aborts on one of these: in the child, pytest need not print a stack for it
+    monkeypatch.setattr(g.VideoDataset, "decode", lambda *args: (faulthandler.disable(), decode(*args))[1])
+    if make:
+        (tmp_path / name).write_bytes(make(tmp_path))
+    start, sample = time.perf_counter(), load(toy, [("image" if name.endswith("png") else "video", tmp_path / name)])
+    assert sample["sample_id"] == "uuid_1" and str(tmp_path / name) in sample["error"] and "\n" not in sample["error"]
+    assert not {"patches", "ids", "text"} & set(sample) and time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("data, frames", [
+    (lambda folder: avi(folder, FRAMES[:1]), [0, 0, 0, 0]),
+    (lambda folder: avi(folder, FRAMES[:3]), [0, 1, 1, 2]),
+    (lambda folder: avi(folder, declared=5000), [0, 1, 2, 3, 4, 5, 6, 7]),
+    (lambda folder: avi(folder, declared=1), [0, 1, 2, 3, 4, 5, 6, 7]),
+], ids=["one frame", "three frames", "declares 5000", "declares 1"])
+def test_odd_but_readable_videos(toy, tmp_path, data, frames):
+    """Trap 14: a short video repeats its own frames; a header that miscounts changes nothing, as every frame is read."""
+    (tmp_path / "clip.avi").write_bytes(data(tmp_path))
+    sample = load(toy, [("video", tmp_path / "clip.avi")])
+    vision = AutoConfig.from_pretrained(toy / "init").vision_config
+    assert torch.equal(sample["patches"], g.to_patches(torch.from_numpy(FRAMES[frames]), vision)[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (30, 500), (720, 1280)])
+def test_images_of_another_size(toy, tmp_path, shape):
+    """An image of the wrong size is resized to the frame size."""
+    (tmp_path / "now.png").write_bytes(png(tmp_path, *shape))
+    assert load(toy, [("image", tmp_path / "now.png")], frame_size=84)["grids"] == [(1, 6, 6)]
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def run(toy, tmp_path, monkeypatch, capsys):
+    """run(script, **flags) -> (exit code, stderr, output_dir) of its main() on 8 records, sample_ids 0 to 7; run.videos are their
+    videos, run.order is how the first epoch takes them."""
+    data, handlers = tmp_path / "data", {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    (data / "annotations").mkdir(parents=True)
+    split = make_toy.SPLITS["training_6k"]._replace(size=8)
+    rows = make_toy.make_split("training_6k", split, data, np.random.default_rng(0))
+    write_rows(data / "annotations/training_6k.jsonl", *rows)
+    write_rows(data / "annotations/training_with_cot_6k.jsonl", *(make_toy.sft_row(row, 0, row["sample_id"]) for row in rows))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def main(script, **flags):
+        few = dict(num_generations=2, max_completion_length=3) if script is g else dict(gradient_accumulation_steps=1)
+        flags = dict(model=toy / "init", data_root=data, output_dir=tmp_path / "run", frame_size=56, max_frames=4,
+                     dataloader_num_workers=0, gradient_checkpointing=False) | few | flags
+        monkeypatch.setattr(sys, "argv", [script.__file__, *(f"--{key}={value}" for key, value in flags.items())])
+        capsys.readouterr()
+        try:
+            script.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        main.stdout, err = capsys.readouterr()
+        return code, err, Path(flags["output_dir"])
+    main.videos = [data / "videos/EpicKitchens" / row["video_basename"] for row in rows]
+    dataset = g.VideoDataset(g.load_records(data / "annotations/training_6k.jsonl", data), AutoTokenizer.from_pretrained(toy / "init"),
+                             AutoConfig.from_pretrained(toy / "init"), g.Config(frame_size=56, max_frames=4))
+    main.order = [dataset[p]["sample_id"] for p in range(8)]  # of the first epoch
+    return main
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_over_bad_samples_goes_on(run):
+    """Trap 13: two unreadable videos are reported with sample_id, path and cause, counted in metrics.jsonl, and left out; all the
+    other samples are trained on."""
+    bad = (1, 6)
+    for n, content in zip(bad, (b"", b"no video\n" * 99)):
+        run.videos[n].write_bytes(content)
+    code, err, out = run(g, per_device_train_batch_size=4, max_bad_samples=2)
+    assert code == 0, err
+    for n in bad:
+        assert len([line for line in err.splitlines() if f"sample_id {n} left out: " in line and str(run.videos[n]) in line]) == 1
+    log, rollouts = read_rows(out / "metrics.jsonl"), read_rows(out / "rollouts.jsonl")
+    assert sum(row["bad_samples"] for row in log) == 2 and [row["step"] for row in log] == [1, 2]
+    assert sorted(row["sample_id"] for row in rollouts) == [n for n in range(8) if n not in bad]
+    assert all(row["loss"] is not None and row["grad_norm"] is not None for row in log)
+
+
+@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
+def test_steps_without_any_readable_sample(run, script):
+    """Three steps in a row whose only sample is unreadable have loss 0 and no gradient; they aren't taken for a diverged run."""
+    for n in run.order[2:5]:
+        run.videos[n].write_bytes(b"")
+    code, err, out = run(script, max_bad_samples=3)
+    assert code == 0, err
+    log = read_rows(out / "metrics.jsonl")
+    assert [row["bad_samples"] for row in log] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert [row["loss"] for row in log[2:5]] == [0, 0, 0] == [row["grad_norm"] for row in log[2:5]]
+    assert script is g or all(row["grad_norm"] > 0 for row in log[:2] + log[5:])  # an untrained policy earns no reward to learn from
+    assert (out / "model.safetensors").exists() and "nan" not in run.stdout
+
+
+@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
+def test_too_many_bad_samples_end_the_run(run, script):
+    """--max_bad_samples 0: the first unreadable sample is reported, then the run stops with exit code 2."""
+    run.videos[0].write_bytes(b"")
+    code, err, out = run(script, per_device_train_batch_size=4, max_bad_samples=0)
+    assert code == 2 and "sample_id 0 left out: " in err and re.search("error: 1 samples could not be read.*--max_bad_samples 0", err)
+    assert sum(row["bad_samples"] for row in read_rows(out / "metrics.jsonl")) == 1 and not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
+def test_a_finished_run_is_not_overwritten(run, script, tmp_path):
+    """An output_dir that holds a run is refused without --overwrite_output_dir, and nothing in it changes."""
+    out = tmp_path / "run"
+    (out / "checkpoint-3/resume").mkdir(parents=True)
+    for name in ("metrics.jsonl", "rollouts.jsonl", "config.json", "model.safetensors", "checkpoint-3/config.json", "notes.txt"):
+        (out / name).write_text(f'{{"name": "{name}"}}\n')
+    before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [out, *out.rglob("*")]}
+    code, err, _ = run(script)
+    assert code == 2 and len(err.splitlines()) == 1 and str(out) in err
+    assert "--overwrite_output_dir" in err and "--resume_from_checkpoint" in err
+    assert before == {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [out, *out.rglob("*")]}
+
+
+@pytest.mark.parametrize("flag, value, count, word", [
+    ("annotations", "bad.jsonl", 1, "{}:1: sample_id uuid_3: "),
+    ("max_prompt_length", 50, 8, "over the limit of 50"),
+    ("model", "empty", 1, "--model {}"),
+    ("model", "llama", 1, "--model {}"),
+    ("resume_from_checkpoint", "none", 1, "--resume_from_checkpoint {}"),
+    ("output_dir", "file", 1, "--output_dir {}"),
+])
+def test_what_is_wrong_is_said_before_anything_is_written(run, toy, tmp_path, flag, value, count, word):
+    """A bad row, prompts over the limit, a folder that is no Qwen2-VL, no checkpoint to go on from, an output_dir that is a file:
+    one line each, exit code 2, and no output_dir."""
+    write_rows(tmp_path / "bad.jsonl", PLAIN | dict(sample_id="uuid_3", question=None))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(toy / "init", tmp_path / "llama")
+    change_config(tmp_path / "llama", model_type="llama")
+    value = tmp_path / value if isinstance(value, str) else value
+    code, err, _ = run(g, **{flag: value})
+    told = err.splitlines()
+    assert code == 2 and len(told) == count, err
+    assert all(line.startswith("grpo_video.py: error: ") for line in told) and word.format(value) in told[0]
+    assert not (tmp_path / "run").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_reads_what_the_policy_wrote(tmp_path, monkeypatch):
+    """Completions may hold any character, line separators such as U+2028 and U+0085 among them: cutting the logs back to the
+    checkpoint's step neither chokes on them nor loses a row."""
+    rows = [dict(step=step, text="a\u2028b\x85c\u2029d\n") for step in (1, 2, 3)]
+    g.append_rows(tmp_path / "rollouts.jsonl", rows)
+    with open(tmp_path / "rollouts.jsonl", "a") as f:
+        f.write('{"step": 2, "te')  # cut off by a power loss
+    monkeypatch.setattr(g, "dcp", SimpleNamespace(load=lambda *args, **kwargs: None, HuggingFaceStorageReader=lambda path: None))
+    monkeypatch.setattr(g, "training_state", lambda *args: {})
+    assert g.resume(tmp_path / "checkpoint-2", None, None, tmp_path) == 2
+    assert [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]] == rows[:2]
