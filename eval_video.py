@@ -301,7 +301,7 @@ class Qwen2VL(nn.Module):
         if len(targets) > rows and torch.is_grad_enabled():
             score = partial(torch.utils.checkpoint.checkpoint, score, use_reentrant=False)
         pieces = zip(*(score(x, y) for x, y in zip(states.split(rows), targets.split(rows))))
-        scores = [torch.cat(piece).view(completions.shape) for piece in pieces]
+        scores = [torch.cat(piece).view(completions.shape).clone() for piece in pieces]  # FSDP2's hooks want no view
         return scores if statistic else scores[0]
 
 def load_model(folder, device, dtype, wrap=lambda model: model):
@@ -348,7 +348,7 @@ def text_field(raw, key):
 def parse_record(raw, root):
     """A benchmark row -> record: sample_id, domain, media [(kind, Path)], question, and choices with the gold letter or, where
     golden_choice_idx is absent, the answer and the negatives to draw from. ValueError says what is wrong."""
-    record = dict(sample_id=raw["sample_id"], domain=raw.get("domain") or "all", question=text_field(raw, "question"))
+    record = dict(sample_id=raw["sample_id"], domain=str(raw.get("domain") or "all"), question=text_field(raw, "question"))
     if raw.get("golden_choice_idx") is not None:
         record |= dict(choices=[text_field(raw, f"choice_{letter}") for letter in "abcd"], gold=raw["golden_choice_idx"])
         if record["gold"] not in ("A", "B", "C", "D"):
@@ -369,8 +369,8 @@ def parse_record(raw, root):
 def load_records(path, root, parse=parse_record):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and sample_id; exit code 2."""
     if not path.is_file():
-        fail(f"{path}: no such annotation file", "--data_root must hold annotations/, videos/ and images/, as `hf download "
-             "TencentARC/SEED-Bench-R1 --repo-type dataset --local-dir DIR` lays them; `grpo_video.py --toy` needs no download")
+        fail(f"{path}: no such annotation file; for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type dataset --local-"
+             "dir DIR`; for --model, `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir DIR`; `grpo_video.py --toy` needs neither")
     records, problems, lines = [], [], {}
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # less a byte-order mark
     for number, line in ((number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()):
@@ -670,8 +670,7 @@ def open_split(folder, split, settings):
     before = json.loads(settings_path.read_text()) if done else settings
     if changed := [key for key in settings if before.get(key) != settings[key]]:
         fail(*(f"--output_dir {folder}: its {split} has {key} {before.get(key)!r}, not {settings[key]!r}" for key in changed))
-    barrier()  # all ranks have read
-    if RANK == 0 and done:
+    if RANK == 0 and done:  # the other ranks may still be reading, but not what changes here
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     elif RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -687,8 +686,8 @@ def predict(model, tokenizer, samples, c):
         seeds = [random.Random(repr((c.seed, s["sample_id"]))).getrandbits(63) for s in good]
         ids = generate(model, Prompts.collate(good, weight.device, weight.dtype), c.num_samples, c.max_completion_length,
                        end_ids, seeds, c.temperature if c.do_sample else 0.0, c.top_k, c.top_p)  # [B, K, C]
-        for s, group, mask in zip(good, ids, completion_mask(ids, end_ids)):
-            s["texts"] = [tokenizer.decode(x[keep], skip_special_tokens=True) for x, keep in zip(group, mask)]
+        for s, group in zip(good, ids):
+            s["texts"] = [tokenizer.decode(row, skip_special_tokens=True) for row in group]  # fills are end tokens
     for s in samples:
         texts = s.get("texts", [None])
         answers = [extract_answer(text or "", "ABCDE"[:len(s["choices"])]) for text in texts]

@@ -28,13 +28,12 @@ from typing import Literal, Optional
 import decord
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import errors, save_torch_state_dict, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from torch import distributed as dist, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -140,7 +139,7 @@ class Config:
     frame_size: int = flag(256, "height and width of a frame, rounded to a multiple of 28, at least 1")
     dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
     decode_timeout: float = flag(60.0, "seconds after which decoding a sample is given up, above 0")
-    max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: 1% of the run, at least -1")
+    max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: a hundredth of the run, at least -1")
     logging_steps: int = flag(10, "a line on stdout every so many steps (metrics.jsonl has every step), at least 1")
     save_steps: int = flag(100, "steps between checkpoints, at least 1")
     save_total_limit: int = flag(2, "newest checkpoints kept; 0: all, at least 0")
@@ -148,7 +147,7 @@ class Config:
 
 # What --toy changes; flags given beside it win.
 TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), output_dir="runs/toy-grpo",
-           overwrite_output_dir=True, max_steps=100, per_device_train_batch_size=16, max_completion_length=24, learning_rate=5e-4,
+           overwrite_output_dir=True, max_steps=150, per_device_train_batch_size=16, max_completion_length=24, learning_rate=5e-4,
            lr_scheduler_type="constant", beta=0.01, max_frames=8, frame_size=56, gradient_checkpointing=False,
            dataloader_num_workers=1)
 
@@ -333,7 +332,7 @@ class Qwen2VL(nn.Module):
         if len(targets) > rows and torch.is_grad_enabled():
             score = partial(torch.utils.checkpoint.checkpoint, score, use_reentrant=False)
         pieces = zip(*(score(x, y) for x, y in zip(states.split(rows), targets.split(rows))))
-        scores = [torch.cat(piece).view(completions.shape) for piece in pieces]
+        scores = [torch.cat(piece).view(completions.shape).clone() for piece in pieces]  # FSDP2's hooks want no view
         return scores if statistic else scores[0]
 
 def load_model(folder, device, dtype, wrap=lambda model: model):
@@ -380,7 +379,7 @@ def text_field(raw, key):
 def parse_record(raw, root):
     """A benchmark row -> record: sample_id, domain, media [(kind, Path)], question, and choices with the gold letter or, where
     golden_choice_idx is absent, the answer and the negatives to draw from. ValueError says what is wrong."""
-    record = dict(sample_id=raw["sample_id"], domain=raw.get("domain") or "all", question=text_field(raw, "question"))
+    record = dict(sample_id=raw["sample_id"], domain=str(raw.get("domain") or "all"), question=text_field(raw, "question"))
     if raw.get("golden_choice_idx") is not None:
         record |= dict(choices=[text_field(raw, f"choice_{letter}") for letter in "abcd"], gold=raw["golden_choice_idx"])
         if record["gold"] not in ("A", "B", "C", "D"):
@@ -401,8 +400,8 @@ def parse_record(raw, root):
 def load_records(path, root, parse=parse_record):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and sample_id; exit code 2."""
     if not path.is_file():
-        fail(f"{path}: no such annotation file", "--data_root must hold annotations/, videos/ and images/, as `hf download "
-             "TencentARC/SEED-Bench-R1 --repo-type dataset --local-dir DIR` lays them; `grpo_video.py --toy` needs no download")
+        fail(f"{path}: no such annotation file; for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type dataset --local-"
+             "dir DIR`; for --model, `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir DIR`; `grpo_video.py --toy` needs neither")
     records, problems, lines = [], [], {}
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # less a byte-order mark
     for number, line in ((number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()):
@@ -675,7 +674,7 @@ def shard(model, device, dtype):
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.visual.blocks, *model.model.layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # a root left whole would go stale
     return model
 
 def gathered(tensor, dtype):
@@ -792,7 +791,7 @@ def save_checkpoint(c, step, model, optimizer, source, dtype, run):
     if RANK == 0:
         shutil.rmtree(final, ignore_errors=True)  # of the run's first try, if this one was resumed from before it
         beside.rename(final)
-        for old in checkpoints(final.parent)[:-c.save_total_limit or None]:
+        for old in checkpoints(final.parent)[:-c.save_total_limit] if c.save_total_limit else []:
             shutil.rmtree(old)
     barrier()
 
@@ -970,6 +969,8 @@ def main():
             tqdm.write(f"step {step + 1}: sample_id {s['sample_id']} left out: {s['error']}", file=sys.stderr)
         bad_samples += int(totals["bad"])
         bad_steps = 0 if math.isfinite(log["loss"] + log["grad_norm"]) else bad_steps + 1
+        if bad_steps and RANK == 0:
+            tqdm.write(f"step {step + 1} not applied: loss {log['loss']}, gradient norm {log['grad_norm']}", file=sys.stderr)
         if RANK == 0:
             log |= rollout_metrics(rows) | dict(bad_samples=int(totals["bad"]))
             append_rows(output_dir / "rollouts.jsonl", rows)

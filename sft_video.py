@@ -8,8 +8,7 @@ A step: prompts and responses -> log-probs of the responses' tokens, through <|i
 mean over the supervised tokens of the whole global batch -> backward -> AdamW on fp32 master weights. It is the GRPO script with
 one completion a prompt, which is given, and without rewards: `diff sft_video.py grpo_video.py` is the lesson.
 
-Dimensions: B prompts, G = 1 response of each, P prompt tokens, C response tokens, N rows (tokens or patches), H heads, K key-value
-heads, E head width, D model width, V vocabulary, T frames.
+Dimensions: B prompts, G = 1 response of each, P and C their tokens, N rows, H heads, K key heads, E, D widths of a head, the model.
 """
 import argparse, hashlib, importlib.metadata, itertools, json, math, multiprocessing, operator, os, random, re, resource, shutil
 import signal, subprocess, sys, time, types
@@ -21,13 +20,12 @@ from typing import Literal
 import decord
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import errors, save_torch_state_dict, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from torch import distributed as dist, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -125,7 +123,7 @@ class Config:
     frame_size: int = flag(256, "height and width of a frame, rounded to a multiple of 28, at least 1")
     dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
     decode_timeout: float = flag(60.0, "seconds after which decoding a sample is given up, above 0")
-    max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: 1% of the run, at least -1")
+    max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: a hundredth of the run, at least -1")
     logging_steps: int = flag(10, "a line on stdout every so many steps (metrics.jsonl has every step), at least 1")
     save_steps: int = flag(100, "steps between checkpoints, at least 1")
     save_total_limit: int = flag(2, "newest checkpoints kept; 0: all, at least 0")
@@ -317,7 +315,7 @@ class Qwen2VL(nn.Module):
         if len(targets) > rows and torch.is_grad_enabled():
             score = partial(torch.utils.checkpoint.checkpoint, score, use_reentrant=False)
         pieces = zip(*(score(x, y) for x, y in zip(states.split(rows), targets.split(rows))))
-        scores = [torch.cat(piece).view(completions.shape) for piece in pieces]
+        scores = [torch.cat(piece).view(completions.shape).clone() for piece in pieces]  # FSDP2's hooks want no view
         return scores if statistic else scores[0]
 
 def load_model(folder, device, dtype, wrap=lambda model: model):
@@ -364,7 +362,7 @@ def text_field(raw, key):
 def parse_record(raw, root):
     """A benchmark row -> record: sample_id, domain, media [(kind, Path)], question, and choices with the gold letter or, where
     golden_choice_idx is absent, the answer and the negatives to draw from. ValueError says what is wrong."""
-    record = dict(sample_id=raw["sample_id"], domain=raw.get("domain") or "all", question=text_field(raw, "question"))
+    record = dict(sample_id=raw["sample_id"], domain=str(raw.get("domain") or "all"), question=text_field(raw, "question"))
     if raw.get("golden_choice_idx") is not None:
         record |= dict(choices=[text_field(raw, f"choice_{letter}") for letter in "abcd"], gold=raw["golden_choice_idx"])
         if record["gold"] not in ("A", "B", "C", "D"):
@@ -385,8 +383,8 @@ def parse_record(raw, root):
 def load_records(path, root, parse=parse_record):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and sample_id; exit code 2."""
     if not path.is_file():
-        fail(f"{path}: no such annotation file", "--data_root must hold annotations/, videos/ and images/, as `hf download "
-             "TencentARC/SEED-Bench-R1 --repo-type dataset --local-dir DIR` lays them; `grpo_video.py --toy` needs no download")
+        fail(f"{path}: no such annotation file; for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type dataset --local-"
+             "dir DIR`; for --model, `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir DIR`; `grpo_video.py --toy` needs neither")
     records, problems, lines = [], [], {}
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # less a byte-order mark
     for number, line in ((number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()):
@@ -552,7 +550,7 @@ def shard(model, device, dtype):
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.visual.blocks, *model.model.layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # a root left whole would go stale
     return model
 
 def gathered(tensor, dtype):
@@ -669,7 +667,7 @@ def save_checkpoint(c, step, model, optimizer, source, dtype, run):
     if RANK == 0:
         shutil.rmtree(final, ignore_errors=True)  # of the run's first try, if this one was resumed from before it
         beside.rename(final)
-        for old in checkpoints(final.parent)[:-c.save_total_limit or None]:
+        for old in checkpoints(final.parent)[:-c.save_total_limit] if c.save_total_limit else []:
             shutil.rmtree(old)
     barrier()
 
@@ -694,7 +692,7 @@ def parse_chat(raw, root):
             raise ValueError("each entry of a message's content must be an object whose type is video, image or text")
         m["content"] = [{k: v for k, v in x.items() if v is not None} for x in m["content"]]  # released rows hold null keys
         media += [(x["type"], text_field(x, x["type"])) for x in m["content"] if x["type"] != "text"]
-    return dict(sample_id=raw["sample_id"], domain=raw.get("domain") or "all", messages=messages,
+    return dict(sample_id=raw["sample_id"], domain=str(raw.get("domain") or "all"), messages=messages,
                 response=text_field(raw, "response"), media=[(kind, inside(root, path)) for kind, path in media])
 
 def supervise(samples, tokenizer, config, device, dtype):
@@ -715,7 +713,7 @@ def cross_entropy(model, prompts, responses, mask, tokens):
 @torch.no_grad()
 def evaluate(model, batches, device):
     """-> mean loss per supervised token over the held-out rows."""
-    losses, tokens = [cross_entropy(model, *batch, 1)[0] for batch in batches], [mask.sum() for _, _, mask in batches]
+    losses, tokens = zip(*((cross_entropy(model, *batch, 1)[0], batch[2].sum()) for batch in batches))
     sums = global_sums(device, loss=sum(losses), tokens=sum(tokens))
     return sums["loss"] / sums["tokens"]
 
@@ -737,8 +735,10 @@ def main():
     if rows < 1:
         fail(f"--eval_rows {c.eval_rows}: must be below the {len(records)} rows of the annotations")
     dataset, eval_set = (VideoDataset(part, tokenizer, model.config, c) for part in (records[:rows], records[rows:]))
-    eval_batches = load_batches(eval_set, rank_batches(held, range(math.ceil(held / B / WORLD)), B, 1), 0)
-    eval_batches = [supervise(samples, tokenizer, model.config, device, dtype) for samples in eval_batches]
+    eval_batches = list(load_batches(eval_set, rank_batches(held, range(math.ceil(held / B / WORLD)), B, 1), 0))
+    if unreadable := [s for samples in eval_batches for s in samples if "error" in s]:
+        fail(*(f"--eval_rows: sample_id {s['sample_id']}: {s['error']}" for s in unreadable))
+    prepare = partial(supervise, tokenizer=tokenizer, config=model.config, device=device, dtype=dtype)
     total = c.max_steps * per_step if c.max_steps > 0 else rows * c.num_train_epochs
     steps, max_bad = math.ceil(total / per_step), total // 100 if c.max_bad_samples < 0 else c.max_bad_samples
     run, checkpoint = open_run(c, model.config, dtype)
@@ -753,7 +753,7 @@ def main():
         log = dict(step=step + 1, epoch=(step + 1) * per_step / rows, clock=time.perf_counter())
         micro_batches = [next(loader) for _ in range(c.gradient_accumulation_steps)]
         failed = [s for samples in micro_batches for s in samples if "error" in s]
-        micro_batches = [supervise(samples, tokenizer, model.config, device, dtype) for samples in micro_batches]
+        micro_batches = [prepare(samples) for samples in micro_batches]
         lap(log, "time_data", device)
         # Update: cross-entropy, backward, optimizer step.
         totals = global_sums(device, tokens=sum(mask.sum() for _, _, mask in micro_batches), bad=len(failed), stop=len(caught),
@@ -769,11 +769,13 @@ def main():
         lap(log, "time_update", device)
         # Log, and stop where going on makes no sense.
         if c.eval_every and (step + 1) % c.eval_every == 0:
-            log["eval_loss"] = evaluate(model, eval_batches, device)
+            log["eval_loss"] = evaluate(model, map(prepare, eval_batches), device)
         for s in failed:
             tqdm.write(f"step {step + 1}: sample_id {s['sample_id']} left out: {s['error']}", file=sys.stderr)
         bad_samples += int(totals["bad"])
         bad_steps = 0 if math.isfinite(log["loss"] + log["grad_norm"]) else bad_steps + 1
+        if bad_steps and RANK == 0:
+            tqdm.write(f"step {step + 1} not applied: loss {log['loss']}, gradient norm {log['grad_norm']}", file=sys.stderr)
         if RANK == 0:
             log |= dict(tokens=int(totals["tokens"] + totals["prompt_tokens"]), bad_samples=int(totals["bad"]))
             append_rows(output_dir / "metrics.jsonl", [{key: value for key, value in log.items() if key != "clock"}])

@@ -383,7 +383,7 @@ def test_scripts_on_the_toy(toy, tmp_path):
 
 
 # ---- The scripts as text ------------------------------------------------------------------------------------------------
-SCRIPTS = [name for name in ("grpo_video.py", "sft_video.py", "eval_video.py") if (ROOT / name).exists()]
+SCRIPTS = ["grpo_video.py", "sft_video.py", "eval_video.py"]
 MARKER = re.compile(r"# === shared: (\w+) — identical in ([\w., ]+) \(checked by test_smoke\.py\) ===")
 
 
@@ -507,7 +507,7 @@ def test_sync(tmp_path, monkeypatch, capsys):
     ("grpo_video.py", 1000), ("sft_video.py", 800), ("eval_video.py", 800), ("test_smoke.py", 600)])
 def test_scripts_are_short(name, limit):
     """A script is read in one sitting."""
-    lines = (ROOT / name).read_text().splitlines() if (ROOT / name).exists() else []
+    lines = (ROOT / name).read_text().splitlines()
     assert len(lines) < limit and [f"{name}:{i}" for i, line in enumerate(lines, 1) if len(line) > 132] == []
 
 

@@ -49,8 +49,7 @@ SHAPES = {  # x and y count from the middle of the shape
 # Lighter than any background: a model this small finds what differs in brightness, within a minute.
 COLOURS = {"red": (255, 90, 90), "blue": (100, 140, 255), "yellow": (250, 230, 80), "white": (250, 250, 250),
            "green": (90, 240, 110), "pink": (255, 150, 220), "orange": (255, 170, 70)}
-
-LIGHT = {"EpicKitchens": (20, 70), "Ego4D": (60, 110), "": (20, 70)}  # of a background: the unseen kitchens are lighter
+LIGHT = {"EpicKitchens": (20, 70), "Ego4D": (65, 115), "": (20, 70)}  # of a background: unseen kitchens are lighter
 
 class Split(NamedTuple):
     size: int
@@ -85,12 +84,11 @@ CHAT_TEMPLATE = (
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{% if part.type == 'text' %}{{ part.text }}"
     "{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 SPECIAL_TOKENS = [f"<|{name}|>" for name in (
     "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
     "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")]
-MAX_VOCAB = 500
+MAX_VOCAB = 512  # enough for every word of L3's goals to be one token, as the seen ones are
 
 # ---- The base model's training ----
 FORMAT_REPEATS = 8  # format-only rows made of one training record: each of the four choices equally often
