@@ -9,8 +9,7 @@
 A row is in predictions_<split>.jsonl as soon as it is answered, and a second run goes on behind the last whole line. A question
 that fails (an unreadable video) is in `failed` and in no denominator. Batch size and ranks change responses by rounding alone.
 
-Dimensions: B prompts, G samples of each, P prompt tokens, C completion tokens, N tokens or patches packed in rows,
-H heads, K key-value heads, E head width, D model width, V vocabulary, T frames.
+Dimensions: B prompts, G samples of each, P and C their tokens, N rows, H heads, K key heads, E, D widths of a head, the model.
 """
 import argparse, hashlib, itertools, json, math, multiprocessing, operator, os, random, re, signal, subprocess, sys, types
 from dataclasses import dataclass, field, fields
@@ -496,8 +495,7 @@ class VideoDataset:
                 problems.append(f"sample_id {record['sample_id']}: up to {length} tokens, over the limit of {limit}")
         if problems:
             fail(*problems)
-    def decode(self, record):
-        """-> [(patches, grid)] of the record's media; the child's work."""
+    def decode(self, record):  # the child's work: the record's media -> [(patches, grid)]
         media = (read_media(kind, path, self.size, self.c.fps, self.c.max_frames) for kind, path in record["media"])
         return [(patches.numpy(), grid) for patches, grid in (to_patches(frames, self.vision) for frames in media)]
     def __getitem__(self, position):
@@ -516,9 +514,10 @@ class VideoDataset:
                              patches=torch.from_numpy(patches), grids=grids)
 
 def load_batches(dataset, batches, workers):
-    """Lists of positions -> lists of samples, decoded ahead in worker processes."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers,
-                                       generator=torch.Generator())
+    """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave SIGTERM and Ctrl-C to the loop."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=lambda _: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)])
 # === end shared: video_prompt ===
 
 # === shared: answer — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
@@ -715,6 +714,8 @@ def tally(rows, *keys):
                   accuracy_failed_wrong=correct / max(1, len(rows)))
     if rights := [[answer == row["gold"] for answer in row["answers"]] for row in seen if "answers" in row]:
         counts |= dict(mean_accuracy=float(np.mean(rights)), pass_at_k=float(np.any(rights, axis=1).mean()))
+    for key in filter(counts.__contains__, ("accuracy_failed_wrong", "mean_accuracy", "pass_at_k")):  # K samples count as one
+        counts[f"{key}_ci95"] = wilson(counts[key] * (n := len(rows) if key.endswith("wrong") else total), n)
     return counts | {f"by_{key}": {name: tally([row for row in rows if row.get(key) == name])
                                    for name in sorted({row[key] for row in rows if key in row}, key=str)} for key in keys}
 
@@ -723,9 +724,9 @@ def score(rows, first):
     x, before = tally(rows), {row["sample_id"]: row["correct"] for row in first if not row["error"]}
     pairs = [(before[row["sample_id"]], row["correct"]) for row in rows if not row["error"] and row["sample_id"] in before]
     gained, lost = pairs.count((False, True)), pairs.count((True, False))
-    text = f"{100 * x['accuracy']:.1f} ({100 * x['ci95'][0]:.0f}–{100 * x['ci95'][1]:.0f})"
-    for key in ("mean_accuracy", "pass_at_k", "accuracy_failed_wrong"):
-        text += f", {key} {100 * x[key]:.1f}" if x.get(key, x["accuracy"]) != x["accuracy"] else ""
+    more = [key for key in ("mean_accuracy", "pass_at_k", "accuracy_failed_wrong") if x.get(key, x["accuracy"]) != x["accuracy"]]
+    text = ", ".join(f"{key} {100 * x[key]:.1f} ({100 * low:.0f}–{100 * high:.0f})" for key in ["accuracy", *more]
+                     for low, high in [x.get(f"{key}_ci95", x["ci95"])]).removeprefix("accuracy ")
     return text + (f", {100 * (gained - lost) / len(pairs):+.1f} (p = {mcnemar(gained, lost):.2g})" if pairs else "")
 
 def table(answers, paper):

@@ -527,8 +527,7 @@ class VideoDataset:
                 problems.append(f"sample_id {record['sample_id']}: up to {length} tokens, over the limit of {limit}")
         if problems:
             fail(*problems)
-    def decode(self, record):
-        """-> [(patches, grid)] of the record's media; the child's work."""
+    def decode(self, record):  # the child's work: the record's media -> [(patches, grid)]
         media = (read_media(kind, path, self.size, self.c.fps, self.c.max_frames) for kind, path in record["media"])
         return [(patches.numpy(), grid) for patches, grid in (to_patches(frames, self.vision) for frames in media)]
     def __getitem__(self, position):
@@ -547,9 +546,10 @@ class VideoDataset:
                              patches=torch.from_numpy(patches), grids=grids)
 
 def load_batches(dataset, batches, workers):
-    """Lists of positions -> lists of samples, decoded ahead in worker processes."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=workers,
-                                       generator=torch.Generator())
+    """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave SIGTERM and Ctrl-C to the loop."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=lambda _: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)])
 # === end shared: video_prompt ===
 
 # === shared: answer — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===

@@ -204,7 +204,7 @@ def test_several_samples(tmp_path, evaluate, say):
     x = summary(tmp_path / "out")
     assert (x["accuracy"], x["no_answer"]) == (3 / 6, 1)
     assert x["mean_accuracy"] == pytest.approx((2 + 2 + 2 + 2 + 0 + 0) / 24) and x["pass_at_k"] == pytest.approx(4 / 6)
-    assert f"| 50.0 ({100 * x['ci95'][0]:.0f}–{100 * x['ci95'][1]:.0f}), mean_accuracy 33.3, pass_at_k 66.7 | 0 |" in out
+    assert f"| 50.0 ({100 * x['ci95'][0]:.0f}–{100 * x['ci95'][1]:.0f}), mean_accuracy 33.3 (10–70), pass_at_k 66.7 (30–90) | 0 |" in out
 
 
 # ---- LongVideoBench -------------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def test_failed_samples(tmp_path, toy, evaluate, say):
     assert (x["correct"], x["total"], x["failed"], x["no_answer"]) == (right, 3, 3, 0)
     assert (x["accuracy"], x["accuracy_failed_wrong"]) == (right / 3, right / 6)
     line = out.splitlines()[2]
-    assert line.endswith(" | 3 |") and (f", accuracy_failed_wrong {100 * right / 6:.1f} |" in line) == (right > 0)
+    assert line.endswith(" | 3 |") and (f", accuracy_failed_wrong {100 * right / 6:.1f} (" in line) == (right > 0)
     before = contents(tmp_path / "out")
     evaluate(tmp_path / "out", data_root=root)
     assert contents(tmp_path / "out") == before  # a failed one is answered too
@@ -607,8 +607,8 @@ def test_compare(tmp_path, evaluate):
     cells = {line[0]: dict(zip(table[0], line)) for line in table}
     # base: 5 of 21 = 23.8 % (.1063, .4509), of 22 22.7; other: 14 of 21 = 66.7 % (.4537, .8281), of 22 63.6
     # 8 of 20 more: 40 points; p = 2 (1 + 12 + 66) / 4096
-    assert cells[str(base)]["L1"] == "23.8 (11–45), accuracy_failed_wrong 22.7"
-    assert cells[str(other)]["L1"] == "66.7 (45–83), accuracy_failed_wrong 63.6, +40.0 (p = 0.039)"
+    assert cells[str(base)]["L1"] == "23.8 (11–45), accuracy_failed_wrong 22.7 (10–43)"
+    assert cells[str(other)]["L1"] == "66.7 (45–83), accuracy_failed_wrong 63.6 (43–80), +40.0 (p = 0.039)"
     assert cells[str(other)]["L3 Work"] == "66.7 (30–90), +0.0 (p = 1)" and cells[str(base)]["L3 Work"] == "66.7 (30–90)"
     assert (cells[str(other)]["LVB 15 s"], cells[str(base)]["LVB"]) == ("100.0 (21–100)", "")
     assert (cells[str(base)]["failed"], cells[str(other)]["failed"]) == ("3", "3")

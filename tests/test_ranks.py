@@ -92,13 +92,14 @@ def test_resumed_run_is_the_unbroken_one(toy, tmp_path, script):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves(toy, tmp_path, number, code):
-    """SIGTERM or Ctrl-C loses the steps since the last checkpoint, or leaves a half-written one."""
+    """SIGTERM or Ctrl-C, which reach the decoding workers too, lose the steps since the last checkpoint or break one."""
     out = tmp_path / "run"
-    started = subprocess.Popen(command(toy, "grpo_video.py", out, "--max_steps", "500"), stderr=subprocess.PIPE, text=True,
-                               env=os.environ | dict(OMP_NUM_THREADS="1"))
+    flags = ["--max_steps", "500", "--dataloader_num_workers", "2"]
+    started = subprocess.Popen(command(toy, "grpo_video.py", out, *flags), stderr=subprocess.PIPE, text=True,
+                               env=os.environ | dict(OMP_NUM_THREADS="1"), start_new_session=True)
     while not (out / "metrics.jsonl").exists() and started.poll() is None:
         time.sleep(0.1)
-    started.send_signal(number)
+    os.killpg(started.pid, number)
     _, error = started.communicate(timeout=100)
     steps = rows(out / "metrics.jsonl")[-1]["step"]
     assert started.returncode == code and "--resume_from_checkpoint auto goes on" in error
