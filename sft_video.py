@@ -73,8 +73,8 @@ def set_up(toy):
     alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
     torch.set_num_threads(1 if toy else torch.get_num_threads())  # the toy's matrices are too small to share
-    if toy and RANK == 0 and not (HERE / "toy/model").exists():
-        subprocess.run([sys.executable, HERE / "toy/make_toy.py"], check=True)
+    if toy and RANK == 0 and not (HERE / "toy/model").exists() and subprocess.call([sys.executable, HERE / "toy/make_toy.py"]):
+        fail(f"--toy: {HERE}/toy/make_toy.py, which stands beside this script in its repository, did not build the toy")
     barrier()
     return device
 
