@@ -190,11 +190,11 @@ class VisionTower(nn.Module):
         for t, h, w in grids:
             place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // m, m, w // m, m, 2)
             places.append(place.transpose(1, 2).reshape(-1, 2).repeat(t, 1))  # [t*h*w, 2] row, column, in 2x2 blocks
-        angles = torch.cat(places)[..., None] * 10000.0 ** (-torch.arange(0, half, 2) / half)  # [N, 2, E/4]
-        angles = angles.flatten(1).repeat(1, 2).to(x.device)  # [N, E]: half of the frequencies for the row, half the column
+        angles = torch.cat(places)[..., None] * 10000.0 ** (-torch.arange(0, half, 2) / half)  # [N, 2, E/4]: row | column
+        cos, sin = (z.flatten(1).repeat(1, 2).to(x.device) for z in (angles.cos(), angles.sin()))  # [N, E]
         slices = [(len(list(same)), n) for n, same in itertools.groupby(h * w for t, h, w in grids for _ in range(t))]
         for block in self.blocks:
-            x = run(block, x, angles.cos(), angles.sin(), slices)
+            x = run(block, x, cos, sin, slices)
         return self.merger.mlp(self.merger.ln_q(x).view(len(x) // m ** 2, -1))
 
 class DecoderLayer(nn.Module):
@@ -500,9 +500,9 @@ class VideoDataset:
         return [(patches.numpy(), grid) for patches, grid in (to_patches(frames, self.vision) for frames in media)]
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.records))
-        order = random.Random(repr((self.c.seed, epoch))).sample(range(len(self.records)), len(self.records))
-        record = self.records[order[place] if self.shuffle else place]
-        choices, gold = choose(record, self.c.seed, epoch)
+        if self.shuffle:
+            place = random.Random(repr((self.c.seed, epoch))).sample(range(len(self.records)), len(self.records))[place]
+        record, (choices, gold) = self.records[place], choose(self.records[place], self.c.seed, epoch)
         sample = {key: record.get(key) for key in ("sample_id", "domain", "response")} | dict(choices=choices, gold=gold)
         media, problem = self.decoder(record)
         if problem:

@@ -222,11 +222,11 @@ class VisionTower(nn.Module):
         for t, h, w in grids:
             place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(h // m, m, w // m, m, 2)
             places.append(place.transpose(1, 2).reshape(-1, 2).repeat(t, 1))  # [t*h*w, 2] row, column, in 2x2 blocks
-        angles = torch.cat(places)[..., None] * 10000.0 ** (-torch.arange(0, half, 2) / half)  # [N, 2, E/4]
-        angles = angles.flatten(1).repeat(1, 2).to(x.device)  # [N, E]: half of the frequencies for the row, half the column
+        angles = torch.cat(places)[..., None] * 10000.0 ** (-torch.arange(0, half, 2) / half)  # [N, 2, E/4]: row | column
+        cos, sin = (z.flatten(1).repeat(1, 2).to(x.device) for z in (angles.cos(), angles.sin()))  # [N, E]
         slices = [(len(list(same)), n) for n, same in itertools.groupby(h * w for t, h, w in grids for _ in range(t))]
         for block in self.blocks:
-            x = run(block, x, angles.cos(), angles.sin(), slices)
+            x = run(block, x, cos, sin, slices)
         return self.merger.mlp(self.merger.ln_q(x).view(len(x) // m ** 2, -1))
 
 class DecoderLayer(nn.Module):
@@ -532,9 +532,9 @@ class VideoDataset:
         return [(patches.numpy(), grid) for patches, grid in (to_patches(frames, self.vision) for frames in media)]
     def __getitem__(self, position):
         epoch, place = divmod(position, len(self.records))
-        order = random.Random(repr((self.c.seed, epoch))).sample(range(len(self.records)), len(self.records))
-        record = self.records[order[place] if self.shuffle else place]
-        choices, gold = choose(record, self.c.seed, epoch)
+        if self.shuffle:
+            place = random.Random(repr((self.c.seed, epoch))).sample(range(len(self.records)), len(self.records))[place]
+        record, (choices, gold) = self.records[place], choose(self.records[place], self.c.seed, epoch)
         sample = {key: record.get(key) for key in ("sample_id", "domain", "response")} | dict(choices=choices, gold=gold)
         media, problem = self.decoder(record)
         if problem:
@@ -765,8 +765,8 @@ def open_run(c, config, dtype):
     barrier()  # rank 0 changes nothing before all have looked
     if RANK == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for old in [] if checkpoint else [*checkpoints(output_dir), *output_dir.glob("*.jsonl")]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for old in [] if checkpoint else [*checkpoints(output_dir), output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl"]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         save_config(config, output_dir, dtype, run)
     barrier()
     return run, checkpoint
@@ -799,7 +799,7 @@ def resume(checkpoint, model, optimizer, output_dir):
     """Reads a checkpoint into the model and the optimizer, and cuts the logs back to its step -> that step."""
     step = int(checkpoint.name[11:])
     dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "resume")))
-    for log in output_dir.glob("*.jsonl") if RANK == 0 else []:
+    for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl") if RANK == 0 else ()):
         whole = log.read_text().split("\n")[:-1]
         log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
     barrier()

@@ -75,10 +75,12 @@ def test_resumed_run_is_the_unbroken_one(toy, tmp_path, script):
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "checkpoint-6")
     (broken / "model.safetensors").unlink()
+    (broken / "notes.jsonl").write_text('{"mine": 1}\n')
     shutil.copytree(broken, other)
     run(toy, script, broken, *flags, *size, "--resume_from_checkpoint", "auto")
     run(toy, script, other, *flags, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
         "--resume_from_checkpoint", "auto", ranks=2)
+    assert (broken / "notes.jsonl").read_text() == '{"mine": 1}\n'  # no log of the run's
     assert difference(whole, broken) == 0 and difference(whole, other) < 1e-5
 
     def kept(folder, name):  # all but the times

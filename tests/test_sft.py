@@ -102,9 +102,12 @@ def test_answer_only(toy, tmp_path, monkeypatch):
         return batch
 
     monkeypatch.setattr(s, "supervise", spy)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.jsonl").write_text("mine\n")
     sft(toy, tmp_path / "run", monkeypatch, "--answer_only", "--freeze_vision")
     moves = dict(A="move left", B="move right", C="move up", D="move down")
     assert len(seen) == 8 and all(text == f"<answer>{gold}. {moves[gold]}</answer><|im_end|>" for gold, text in seen)
     before, after = load_file(toy / "init/model.safetensors"), load_file(tmp_path / "run/model.safetensors")
+    assert (tmp_path / "run/notes.jsonl").read_text() == "mine\n"  # a run removes its own logs alone
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any(name.startswith("visual.") for name in moved)
