@@ -11,7 +11,7 @@ that fails (an unreadable video) is in `failed` and in no denominator. Batch siz
 
 Dimensions: B prompts, G samples of each, P and C their tokens, N rows, H heads, K key heads, E, D widths of a head, the model.
 """
-import argparse, hashlib, itertools, json, math, multiprocessing, operator, os, random, re, signal, subprocess, sys, types
+import argparse, atexit, hashlib, itertools, json, math, multiprocessing, operator, os, random, re, signal, subprocess, sys, types
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,9 @@ def flag(default, help):
     return field(**given, metadata=dict(help=help))
 
 def fail(*problems):
-    """Ends the program with exit code 2 and one line per problem (20 at most, then the count) on rank 0's stderr."""
+    """Ends the program with exit code 2 and one line per problem (20 at most, then the count) on stderr, once a machine."""
     more = [f"{len(problems)} problems in all; these were the first 20"] if len(problems) > 20 else []
-    if RANK == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(*(f"{Path(sys.argv[0]).name}: error: {problem}" for problem in [*problems[:20], *more]), sep="\n", file=sys.stderr)
     sys.exit(2)
 
@@ -56,12 +56,10 @@ def parse_config(config_class, toy_presets, argv=None):
         for word, limit in re.findall(r"(above|at least|at most) (-?\d+(?:\.\d+)?)", f.metadata["help"]):
             if value is not None and not (holds[word](value, float(limit)) and value < math.inf):
                 problems.append(f"--{f.name} {value}: must be a number {word} {limit}")
-    if problems:
-        fail(*problems)
-    return config
+    return fail(*problems) if problems else config
 
 def set_up(toy):
-    """-> this rank's device. Makes the process group, alone or under torchrun; with --toy, rank 0 builds a missing toy."""
+    """-> this rank's device and the type to compute in. Makes the process group; with --toy, rank 0 builds a missing toy."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -71,17 +69,15 @@ def set_up(toy):
     if toy and RANK == 0 and not (HERE / "toy/model").exists() and subprocess.call([sys.executable, HERE / "toy/make_toy.py"]):
         fail(f"--toy: {HERE}/toy/make_toy.py, which stands beside this script in its repository, did not build the toy")
     barrier()
-    return device
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 def find_model(name):
-    """A folder, or a hub id, fetched into the hub's cache by rank 0 before the others look there -> the checkpoint's folder."""
-    for turn in (RANK == 0, RANK > 0):
-        try:
-            name = snapshot_download(name, ignore_patterns=["*.bin"]) if turn and not Path(name).is_dir() else name
-        except (OSError, errors.HFValidationError) as error:
-            fail(f"--model {name}: no such folder, and the hub gave nothing ({str(error).splitlines()[0]}); `hf download Qwen/"
-                 "Qwen2-VL-7B-Instruct --local-dir DIR` fetches the paper's model; `grpo_video.py --toy` needs no download")
-        barrier()
+    """A folder, or a hub id, whose checkpoint is fetched into the hub's cache (it locks: ranks may ask at once) -> the folder."""
+    try:
+        name = name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=["*.bin"])
+    except (OSError, errors.HFValidationError) as error:
+        fail(f"--model {name}: no such folder, and the hub gave nothing ({str(error).splitlines()[0]}); `hf download Qwen/"
+             "Qwen2-VL-7B-Instruct --local-dir DIR` fetches the paper's model; `grpo_video.py --toy` needs no download")
     if absent := [file for file in ("config.json", "tokenizer_config.json") if not Path(name, file).is_file()]:
         fail(f"--model {name}: holds no {' and no '.join(absent)}, as a Qwen2-VL checkpoint does")
     return Path(name)
@@ -96,6 +92,7 @@ class Config:
     longvideobench: str = flag("", "folder with LongVideoBench's lvb_val.json and videos/, evaluated too")
     limit: int = flag(0, "questions of each split at most; 0: all, at least 0")
     toy: bool = flag(False, "evaluate on the toy's data (and its base model, if no --model is given), building a missing toy")
+    validate: bool = flag(False, "check every record, video and image of the data root, print a report and stop")
     output_dir: str = flag("", "where predictions and summaries go; default: runs/eval-<the model folder's name>")
     do_sample: bool = flag(False, "sample by temperature, top_k and top_p instead of taking the most likely token")
     temperature: float = flag(1.0, "softmax temperature if do_sample, above 0")
@@ -120,11 +117,9 @@ TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), batc
            max_frames=8, frame_size=56, dataloader_num_workers=1)
 
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py (checked by test_smoke.py) ===
-# Module names are the checkpoint's. B prompts, each computed once, and G completions beside each are rows [B*P | B*G*C].
 class Prompts(types.SimpleNamespace):
-    """B prompts, padded on the right to P tokens, where causal attention needs no mask: no real token looks there. ids [B, P],
-    positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position [B] (of the first completion token), keep [B, P] (True on
-    real tokens; None if nothing is padded), patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
+    """B prompts, padded on the right to P tokens. ids [B, P], positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position
+    [B] (a completion's first), keep [B, P] (True on real tokens; None: nothing is padded), patches [N, 1176], grids (t, h, w)."""
     @classmethod
     def collate(cls, samples, device, dtype):
         """Samples with ids [P], positions [3, P], patches [N, 1176] uint8 and grids -> one batch on the device."""
@@ -238,7 +233,7 @@ class PackedAttention:
         return torch.cat((out, own.transpose(1, 2).flatten(0, 1)))
 
 class Qwen2VL(nn.Module):
-    """Calling it scores completions; its parts serve decoding too."""
+    """Calling it scores completions; its parts serve decoding too. Module names are the checkpoint's."""
     def __init__(self, config):
         super().__init__()
         self.config, c, self.gradient_checkpointing = config, config.text_config, False
@@ -321,9 +316,10 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
         fail(*(f"--model {folder}: tensor {name} is {found.get(name, 'missing')}, must be "
                f"{list(wanted[name].shape) if name in wanted else 'absent'}" for name in sorted(wrong)))
     for name, empty in wanted.items():
-        tensor = where[name].get_tensor(name).to(device, dtype)
-        whole = not isinstance(empty, DTensor)
-        wanted[name] = tensor if whole else distribute_tensor(tensor, empty.device_mesh, empty.placements, src_data_rank=None)
+        wanted[name] = where[name].get_tensor(name).to(device, dtype)
+        if isinstance(empty, DTensor):  # whose mesh may be on another device than the one that it stays on
+            sharded = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None)
+            wanted[name] = sharded.to(device)
     model.load_state_dict(wanted, assign=True)
     return model
 # === end shared: qwen2_vl ===
@@ -365,7 +361,7 @@ def parse_record(raw, root):
     media += [("image", f"images/{source}/{text_field(raw, 'current_observation_basename')}")]
     return record | dict(media=[(kind, inside(root, path)) for kind, path in media])
 
-def load_records(path, root, parse=parse_record):
+def load_records(path, root, parse=parse_record, fail=fail):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and sample_id; exit code 2."""
     if not path.is_file():
         fail(f"{path}: no such annotation file; for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type dataset --local-"
@@ -405,8 +401,7 @@ def build_messages(record, choices):
     return [dict(role="user", content=[dict(type=kind) for kind, _ in record["media"]] + [text])]
 
 def frame_indices(total, video_fps, fps, max_frames):
-    """-> indices to decode: fps x duration of them, clamped to [4, max_frames], floored to even, evenly spread (a short video
-    repeats some)."""
+    """-> frames to decode: fps x duration, clamped to [4, max_frames], floored to even, evenly spread; a short one repeats some."""
     count = int(min(max(total / video_fps * fps, 4), max_frames)) // 2 * 2
     return np.linspace(0, total - 1, count).round().astype(int)
 
@@ -435,7 +430,7 @@ class Decoder:
     """decode(*inputs) in a child process, because decord can hang for ever holding the GIL (trap 14), or crash. A child serves
     many samples; a timer ends one that takes too long over a sample, and the next sample gets a new child."""
     def __init__(self, decode, seconds):
-        self.decode, self.seconds, self.pipe = decode, seconds, None
+        self.decode, self.seconds, self.parent = decode, seconds, None
     def serve(self, pipe):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends the process, whoever holds the GIL
         torch.set_num_threads(1)  # the parent's thread pool was not forked
@@ -450,8 +445,8 @@ class Decoder:
             pipe.send(result)
     def __call__(self, *inputs):
         """-> (result, None), or (None, what went wrong)."""
-        if self.pipe is None:
-            self.pipe, theirs = multiprocessing.Pipe()
+        if self.parent != os.getpid():  # a fork of the parent has no child yet
+            (self.pipe, theirs), self.parent = multiprocessing.Pipe(), os.getpid()
             self.child = os.fork()
             if self.child == 0:
                 self.pipe.close()
@@ -464,7 +459,7 @@ class Decoder:
             self.pipe.send(inputs)
             return self.pipe.recv()
         except (EOFError, OSError):
-            end, self.pipe = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), None
+            end, self.parent = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), None
             return None, {-signal.SIGALRM: f"decoding took over {self.seconds} s"}.get(end, f"decoder died with exit code {end}")
 
 class VideoDataset:
@@ -515,6 +510,7 @@ class VideoDataset:
 
 def load_batches(dataset, batches, workers):
     """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave SIGTERM and Ctrl-C to the loop."""
+    atexit.register(lambda: (signal.signal(signal.SIGCHLD, signal.SIG_DFL), [w.kill() for w in multiprocessing.active_children()]))
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator(),
         worker_init_fn=lambda _: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)])
@@ -544,11 +540,10 @@ def extract_answer(text, letters="ABCD"):
     return found[0] if len({*found}) == 1 else None
 
 def gather_rows(rows):
-    """Every rank's list of rows, joined in rank order on rank 0; [] on the others."""
-    parts = [rows] * WORLD if RANK == 0 else None
-    if WORLD > 1:
-        dist.gather_object(rows, parts)
-    return [row for part in parts or [] for row in part]
+    """Every rank's list of rows, joined in rank order."""
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 # === end shared: answer ===
 
 # === shared: sampling — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
@@ -605,7 +600,6 @@ def completion_mask(ids, end_ids):
 @torch.no_grad()
 def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top_p=1.0):
     """-> G completions of each prompt, ids [B, G, c], c <= C; behind its end token a row holds end_ids[0].
-
     A completion's random numbers come from its prompt's seed (one int each) and its place in the group. Sampling obeys
     these arguments alone: generation_config.json is never read (trap 1), and the cache is always on (trap 17)."""
     B, device, cache = len(prompts.ids), prompts.ids.device, KVCache(prompts, G, C)
@@ -762,12 +756,14 @@ def main():
                    or fail(f"--compare {folder}: no predictions there; must be an evaluated folder") for folder in c.compare}
         return print(table(answers, c.paper))
     c.do_sample = c.do_sample or c.num_samples > 1  # K greedy responses would be one
-    device, root = set_up(c.toy), Path(c.data_root)
+    (device, dtype), root = set_up(c.toy), Path(c.data_root)
+    if c.validate:
+        sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root]))
     splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in c.splits}
     splits |= {"LVB": load_longvideobench(Path(c.longvideobench))} if c.longvideobench else {}
     source, folder = find_model(c.model), Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = load_model(source, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = load_model(source, device, dtype)
     weights = [hashlib.file_digest(open(file, "rb"), "sha256").digest() for file in sorted(source.glob("*.safetensors"))]
     settings = {key: getattr(c, key) for key in DECIDING} | dict(model_sha256=hashlib.sha256(b"".join(weights)).hexdigest())
     answers = {}

@@ -18,8 +18,8 @@ exponent is clamped only if --kl_clamp says so; no generation_config.json is eve
 Dimensions: B prompts, G completions of each, P prompt tokens, C completion tokens, N rows (tokens or patches), H heads, K key-value
 heads, E head width, D model width, V vocabulary, T frames.
 """
-import argparse, hashlib, importlib.metadata, itertools, json, math, multiprocessing, operator, os, random, re, resource, shutil
-import signal, subprocess, sys, time, types
+import argparse, atexit, hashlib, importlib.metadata, importlib.util, itertools, json, math, multiprocessing, operator, os, random
+import re, resource, shutil, signal, subprocess, sys, time, types
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,12 @@ from typing import Literal, Optional
 
 import decord
 import numpy as np
-import torch
-import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn, torch.nn.functional as F
 from huggingface_hub import errors, save_torch_state_dict, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import distributed as dist, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -51,9 +48,9 @@ def flag(default, help):
     return field(**given, metadata=dict(help=help))
 
 def fail(*problems):
-    """Ends the program with exit code 2 and one line per problem (20 at most, then the count) on rank 0's stderr."""
+    """Ends the program with exit code 2 and one line per problem (20 at most, then the count) on stderr, once a machine."""
     more = [f"{len(problems)} problems in all; these were the first 20"] if len(problems) > 20 else []
-    if RANK == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(*(f"{Path(sys.argv[0]).name}: error: {problem}" for problem in [*problems[:20], *more]), sep="\n", file=sys.stderr)
     sys.exit(2)
 
@@ -69,12 +66,10 @@ def parse_config(config_class, toy_presets, argv=None):
         for word, limit in re.findall(r"(above|at least|at most) (-?\d+(?:\.\d+)?)", f.metadata["help"]):
             if value is not None and not (holds[word](value, float(limit)) and value < math.inf):
                 problems.append(f"--{f.name} {value}: must be a number {word} {limit}")
-    if problems:
-        fail(*problems)
-    return config
+    return fail(*problems) if problems else config
 
 def set_up(toy):
-    """-> this rank's device. Makes the process group, alone or under torchrun; with --toy, rank 0 builds a missing toy."""
+    """-> this rank's device and the type to compute in. Makes the process group; with --toy, rank 0 builds a missing toy."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -84,17 +79,15 @@ def set_up(toy):
     if toy and RANK == 0 and not (HERE / "toy/model").exists() and subprocess.call([sys.executable, HERE / "toy/make_toy.py"]):
         fail(f"--toy: {HERE}/toy/make_toy.py, which stands beside this script in its repository, did not build the toy")
     barrier()
-    return device
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 def find_model(name):
-    """A folder, or a hub id, fetched into the hub's cache by rank 0 before the others look there -> the checkpoint's folder."""
-    for turn in (RANK == 0, RANK > 0):
-        try:
-            name = snapshot_download(name, ignore_patterns=["*.bin"]) if turn and not Path(name).is_dir() else name
-        except (OSError, errors.HFValidationError) as error:
-            fail(f"--model {name}: no such folder, and the hub gave nothing ({str(error).splitlines()[0]}); `hf download Qwen/"
-                 "Qwen2-VL-7B-Instruct --local-dir DIR` fetches the paper's model; `grpo_video.py --toy` needs no download")
-        barrier()
+    """A folder, or a hub id, whose checkpoint is fetched into the hub's cache (it locks: ranks may ask at once) -> the folder."""
+    try:
+        name = name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=["*.bin"])
+    except (OSError, errors.HFValidationError) as error:
+        fail(f"--model {name}: no such folder, and the hub gave nothing ({str(error).splitlines()[0]}); `hf download Qwen/"
+             "Qwen2-VL-7B-Instruct --local-dir DIR` fetches the paper's model; `grpo_video.py --toy` needs no download")
     if absent := [file for file in ("config.json", "tokenizer_config.json") if not Path(name, file).is_file()]:
         fail(f"--model {name}: holds no {' and no '.join(absent)}, as a Qwen2-VL checkpoint does")
     return Path(name)
@@ -107,6 +100,7 @@ class Config:
     data_root: str = flag("data/SEED-Bench-R1", "folder with annotations/, videos/ and images/")
     annotations: str = flag("", "training annotations; default: DATA_ROOT/annotations/training_6k.jsonl")
     toy: bool = flag(False, "train the tiny model in toy/ on its tiny videos, building them first if they are not there")
+    validate: bool = flag(False, "check every record, video and image of the data root, print a report and stop")
     output_dir: str = flag("runs/grpo", "where config.json, the logs, the checkpoints and the final model go")
     overwrite_output_dir: bool = flag(False, "start anew in an output_dir that holds a run already")
     resume_from_checkpoint: str = flag("", "a checkpoint folder to go on from, or 'auto': the output_dir's last one, if any")
@@ -133,6 +127,7 @@ class Config:
     per_device_train_batch_size: int = flag(1, "prompts per device and micro-batch (TRL counts completions), at least 1")
     gradient_accumulation_steps: int = flag(1, "micro-batches of a step, at least 1")
     gradient_checkpointing: bool = flag(True, "recompute each layer in the backward pass; rollouts never do")
+    offload_optimizer: bool = flag(False, "on a GPU: fp32 weights, gradients and moments in host memory, where the optimizer steps")
     freeze_vision: bool = flag(False, "do not train the vision tower")
     max_frames: int = flag(16, "frames of a video at most, at least 2")
     fps: float = flag(2.0, "frames per second of video; 4 to max_frames in all, above 0")
@@ -140,23 +135,20 @@ class Config:
     dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
     decode_timeout: float = flag(60.0, "seconds after which decoding a sample is given up, above 0")
     max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: a hundredth of the run, at least -1")
+    wandb: str = flag("", "project of wandb to send the rows of metrics.jsonl to; the package is needed only then")
     logging_steps: int = flag(10, "a line on stdout every so many steps (metrics.jsonl has every step), at least 1")
     save_steps: int = flag(100, "steps between checkpoints, at least 1")
     save_total_limit: int = flag(2, "newest checkpoints kept; 0: all, at least 0")
 
-
-# What --toy changes; flags given beside it win.
 TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), output_dir="runs/toy-grpo",
            overwrite_output_dir=True, max_steps=150, per_device_train_batch_size=16, max_completion_length=24, learning_rate=5e-4,
            lr_scheduler_type="constant", beta=0.01, max_frames=8, frame_size=56, gradient_checkpointing=False,
            dataloader_num_workers=1)
 
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py (checked by test_smoke.py) ===
-# Module names are the checkpoint's. B prompts, each computed once, and G completions beside each are rows [B*P | B*G*C].
 class Prompts(types.SimpleNamespace):
-    """B prompts, padded on the right to P tokens, where causal attention needs no mask: no real token looks there. ids [B, P],
-    positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position [B] (of the first completion token), keep [B, P] (True on
-    real tokens; None if nothing is padded), patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
+    """B prompts, padded on the right to P tokens. ids [B, P], positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position
+    [B] (a completion's first), keep [B, P] (True on real tokens; None: nothing is padded), patches [N, 1176], grids (t, h, w)."""
     @classmethod
     def collate(cls, samples, device, dtype):
         """Samples with ids [P], positions [3, P], patches [N, 1176] uint8 and grids -> one batch on the device."""
@@ -270,7 +262,7 @@ class PackedAttention:
         return torch.cat((out, own.transpose(1, 2).flatten(0, 1)))
 
 class Qwen2VL(nn.Module):
-    """Calling it scores completions; its parts serve decoding too."""
+    """Calling it scores completions; its parts serve decoding too. Module names are the checkpoint's."""
     def __init__(self, config):
         super().__init__()
         self.config, c, self.gradient_checkpointing = config, config.text_config, False
@@ -353,9 +345,10 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
         fail(*(f"--model {folder}: tensor {name} is {found.get(name, 'missing')}, must be "
                f"{list(wanted[name].shape) if name in wanted else 'absent'}" for name in sorted(wrong)))
     for name, empty in wanted.items():
-        tensor = where[name].get_tensor(name).to(device, dtype)
-        whole = not isinstance(empty, DTensor)
-        wanted[name] = tensor if whole else distribute_tensor(tensor, empty.device_mesh, empty.placements, src_data_rank=None)
+        wanted[name] = where[name].get_tensor(name).to(device, dtype)
+        if isinstance(empty, DTensor):  # whose mesh may be on another device than the one that it stays on
+            sharded = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None)
+            wanted[name] = sharded.to(device)
     model.load_state_dict(wanted, assign=True)
     return model
 # === end shared: qwen2_vl ===
@@ -397,7 +390,7 @@ def parse_record(raw, root):
     media += [("image", f"images/{source}/{text_field(raw, 'current_observation_basename')}")]
     return record | dict(media=[(kind, inside(root, path)) for kind, path in media])
 
-def load_records(path, root, parse=parse_record):
+def load_records(path, root, parse=parse_record, fail=fail):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and sample_id; exit code 2."""
     if not path.is_file():
         fail(f"{path}: no such annotation file; for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type dataset --local-"
@@ -437,8 +430,7 @@ def build_messages(record, choices):
     return [dict(role="user", content=[dict(type=kind) for kind, _ in record["media"]] + [text])]
 
 def frame_indices(total, video_fps, fps, max_frames):
-    """-> indices to decode: fps x duration of them, clamped to [4, max_frames], floored to even, evenly spread (a short video
-    repeats some)."""
+    """-> frames to decode: fps x duration, clamped to [4, max_frames], floored to even, evenly spread; a short one repeats some."""
     count = int(min(max(total / video_fps * fps, 4), max_frames)) // 2 * 2
     return np.linspace(0, total - 1, count).round().astype(int)
 
@@ -467,7 +459,7 @@ class Decoder:
     """decode(*inputs) in a child process, because decord can hang for ever holding the GIL (trap 14), or crash. A child serves
     many samples; a timer ends one that takes too long over a sample, and the next sample gets a new child."""
     def __init__(self, decode, seconds):
-        self.decode, self.seconds, self.pipe = decode, seconds, None
+        self.decode, self.seconds, self.parent = decode, seconds, None
     def serve(self, pipe):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends the process, whoever holds the GIL
         torch.set_num_threads(1)  # the parent's thread pool was not forked
@@ -482,8 +474,8 @@ class Decoder:
             pipe.send(result)
     def __call__(self, *inputs):
         """-> (result, None), or (None, what went wrong)."""
-        if self.pipe is None:
-            self.pipe, theirs = multiprocessing.Pipe()
+        if self.parent != os.getpid():  # a fork of the parent has no child yet
+            (self.pipe, theirs), self.parent = multiprocessing.Pipe(), os.getpid()
             self.child = os.fork()
             if self.child == 0:
                 self.pipe.close()
@@ -496,7 +488,7 @@ class Decoder:
             self.pipe.send(inputs)
             return self.pipe.recv()
         except (EOFError, OSError):
-            end, self.pipe = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), None
+            end, self.parent = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), None
             return None, {-signal.SIGALRM: f"decoding took over {self.seconds} s"}.get(end, f"decoder died with exit code {end}")
 
 class VideoDataset:
@@ -547,6 +539,7 @@ class VideoDataset:
 
 def load_batches(dataset, batches, workers):
     """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave SIGTERM and Ctrl-C to the loop."""
+    atexit.register(lambda: (signal.signal(signal.SIGCHLD, signal.SIG_DFL), [w.kill() for w in multiprocessing.active_children()]))
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator(),
         worker_init_fn=lambda _: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)])
@@ -576,11 +569,10 @@ def extract_answer(text, letters="ABCD"):
     return found[0] if len({*found}) == 1 else None
 
 def gather_rows(rows):
-    """Every rank's list of rows, joined in rank order on rank 0; [] on the others."""
-    parts = [rows] * WORLD if RANK == 0 else None
-    if WORLD > 1:
-        dist.gather_object(rows, parts)
-    return [row for part in parts or [] for row in part]
+    """Every rank's list of rows, joined in rank order."""
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 # === end shared: answer ===
 
 # === shared: sampling — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
@@ -637,7 +629,6 @@ def completion_mask(ids, end_ids):
 @torch.no_grad()
 def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top_p=1.0):
     """-> G completions of each prompt, ids [B, G, c], c <= C; behind its end token a row holds end_ids[0].
-
     A completion's random numbers come from its prompt's seed (one int each) and its place in the group. Sampling obeys
     these arguments alone: generation_config.json is never read (trap 1), and the cache is always on (trap 17)."""
     B, device, cache = len(prompts.ids), prompts.ids.device, KVCache(prompts, G, C)
@@ -665,27 +656,27 @@ def rank_batches(total, steps, B, accumulation):
     starts = [((step * accumulation + a) * WORLD + RANK) * B for step in steps for a in range(accumulation)]
     return [[p for p in range(start, start + B) if p < total] for start in starts]
 
-def shard(model, device, dtype):
-    """FSDP2 over the ranks (HSDP over nodes): parameters are fp32 shards, the optimizer's master weights (at lr 1e-6 an update of
-    bf16 would round away), gathered as `dtype` to compute; gradients are reduced in fp32. One CPU process needs no wrapper."""
+def shard(model, device, dtype, offload=False):
+    """FSDP2 over the ranks (HSDP over nodes): fp32 shards, the master weights (at lr 1e-6 an update of bf16 rounds away), gathered
+    as `dtype` to compute; fp32 gradients. `offload` keeps all that in host memory. One CPU process needs no wrapper."""
     if WORLD > 1 or device.type == "cuda":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
         shape = (WORLD // local, local) if local < WORLD else (WORLD,)
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+        place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for part in (*model.visual.blocks, *model.model.layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # a root left whole would go stale
+        for part in (*model.visual.blocks, *model.model.layers, model):  # a root left whole after its forward would go stale
+            fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
     return model
 
 def gathered(tensor, dtype):
-    """A weight as `dtype`, whole even if it is sharded."""
+    """A tensor as `dtype`; a sharded one whole, and on the device that computes, even if its shards are not."""
     tensor = tensor.detach().to(dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 def optimizer_step(model, optimizer, learning_rate, max_grad_norm, loss):
     """Clips and applies the gradients -> their norm before. If it or the loss is not finite, nothing is applied."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = float(gathered(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm), torch.float32))
     if math.isfinite(norm + loss):
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
@@ -725,7 +716,15 @@ def append_rows(path, rows):
     with open(path, "a") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-def save_model(model, folder, source, dtype, run):
+def log_step(c, log):
+    """Appends a step's row to metrics.jsonl, and sends it to wandb if --wandb says so."""
+    row = {key: value for key, value in log.items() if key != "clock"}
+    append_rows(Path(c.output_dir, "metrics.jsonl"), [row])
+    if c.wandb:
+        import wandb
+        wandb.log(row, step=row["step"])
+
+def save_model(model, folder, source, dtype):
     """Writes a folder that transformers loads: safetensors (sharded above 5 GB), config.json with the run's settings in it, and the
     tokenizer's and processor's files of `source`, where the model came from. Rank 0 writes what all ranks gather."""
     whole = ((name, gathered(p, dtype)) for name, p in model.state_dict().items())
@@ -736,54 +735,58 @@ def save_model(model, folder, source, dtype, run):
         for file in source.iterdir():
             if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-        save_config(model.config, folder, dtype, run)
+        model.config.save_pretrained(folder)
     barrier()
-
-def save_config(config, folder, dtype, run):
-    """The model's config.json with one more entry, "run": every setting, the versions and the script's sha256."""
-    config.run, config.dtype, config.text_config.dtype = run, dtype, dtype  # else transformers would round fp32 weights
-    config.save_pretrained(folder)
 
 def checkpoints(output_dir):
     """A run's complete checkpoints, oldest first."""
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
 
 def open_run(c, config, dtype):
-    """Makes output_dir and its config.json -> (the "run" entry, the checkpoint to go on from or None). A restart by torchrun goes
-    on by itself. An older run is neither overwritten nor mixed in unasked."""
+    """Makes output_dir and its config.json: the model's, and an entry "run" with all settings, versions and the script's sha256 ->
+    the checkpoint to go on from (a restart by torchrun finds it by itself) or None; its step or 0: what came later is removed."""
     output_dir = Path(c.output_dir)
     wish = "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else c.resume_from_checkpoint
     checkpoint = (checkpoints(output_dir) or [None])[-1] if wish == "auto" else Path(wish) if wish else None
-    if checkpoint and not (checkpoint / "resume").is_dir():
+    if checkpoint and not (checkpoint in checkpoints(checkpoint.parent) and (checkpoint / "resume").is_dir()):
         fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint-<step> folder of a run; 'auto' finds the last one")
     if output_dir.is_file() or (output_dir / "metrics.jsonl").exists() and not wish and not c.overwrite_output_dir:
         fail(f"--output_dir {output_dir} is a file or holds a run: --resume_from_checkpoint auto goes on with that, "
              "--overwrite_output_dir begins anew")
+    if c.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # wandb's own folder of runs has none
+        fail(f"--wandb {c.wandb}: the package is not there; `pip install wandb`")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "decord", "numpy", "pillow")}
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    run = asdict(c) | dict(versions=versions, script_sha256=script, world_size=WORLD)
+    script, start = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), int(checkpoint.name[11:]) if checkpoint else 0
+    config.run = asdict(c) | dict(versions=versions, script_sha256=script, world_size=WORLD)
+    config.dtype = config.text_config.dtype = dtype  # else transformers would round fp32 weights
     barrier()  # rank 0 changes nothing before all have looked
     if RANK == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for old in [] if checkpoint else [*checkpoints(output_dir), output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        save_config(config, output_dir, dtype, run)
+        for later in (p for p in checkpoints(output_dir) if int(p.name[11:]) > start):
+            shutil.rmtree(later)
+        for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl")):
+            os.truncate(log, sum(len(line) for line in log.read_bytes().splitlines(keepends=True)
+                                 if line.endswith(b"\n") and json.loads(line)["step"] <= start))
+        config.save_pretrained(output_dir)
+        if c.wandb:
+            import wandb
+            wandb.init(project=c.wandb, name=c.output_dir, config=config.run)
     barrier()
-    return run, checkpoint
+    return checkpoint, start
 
 def training_state(model, optimizer):
     """{name: tensor}: weights, moments, step counts, all that training goes on from; zero moments before the first step."""
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     return {name: z if z.dim() else z.view(1) for name, z in (weights | moments).items() if isinstance(z, torch.Tensor)}
 
-def save_checkpoint(c, step, model, optimizer, source, dtype, run):
+def save_checkpoint(c, step, model, optimizer, source, dtype):
     """output_dir/checkpoint-<step>: a model folder, and in resume/ the shards of training_state. Written beside, synced, then
     renamed: a kill at any moment leaves the last complete one. The newest save_total_limit are kept."""
     final, beside = (Path(c.output_dir, f"checkpoint-{step}{suffix}") for suffix in ("", ".tmp"))
     if RANK == 0:
         shutil.rmtree(beside, ignore_errors=True)  # a kill's leftover, if there is one
     barrier()
-    save_model(model, beside, source, dtype, run)
+    save_model(model, beside, source, dtype)
     writer = dcp.HuggingFaceStorageWriter(str(beside / "resume"), save_distributed=True)
     dcp.save(training_state(model, optimizer), storage_writer=writer)
     os.sync()
@@ -794,16 +797,6 @@ def save_checkpoint(c, step, model, optimizer, source, dtype, run):
         for old in checkpoints(final.parent)[:-c.save_total_limit] if c.save_total_limit else []:
             shutil.rmtree(old)
     barrier()
-
-def resume(checkpoint, model, optimizer, output_dir):
-    """Reads a checkpoint into the model and the optimizer, and cuts the logs back to its step -> that step."""
-    step = int(checkpoint.name[11:])
-    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "resume")))
-    for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl") if RANK == 0 else ()):
-        whole = log.read_text().split("\n")[:-1]
-        log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
-    barrier()
-    return step
 # === end shared: training ===
 
 def reward_of(text, gold, format_reward_weight):
@@ -917,15 +910,17 @@ def rollout_metrics(rows):
 
 def main():
     c = parse_config(Config, TOY)
-    device = set_up(c.toy)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = set_up(c.toy)
+    if c.validate:
+        sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root, c.annotations]))
     root, output_dir = Path(c.data_root), Path(c.output_dir)
     records = load_records(Path(c.annotations or root / "annotations/training_6k.jsonl"), root)
     source = find_model(c.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     end_ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    load = partial(load_model, source, device, wrap=partial(shard, device=device, dtype=dtype))
-    model, reference = load(torch.float32), load(dtype).requires_grad_(False) if c.beta else None
+    home, wrap = torch.device("cpu") if c.offload_optimizer else device, partial(shard, device=device, dtype=dtype)
+    model = load_model(source, home, torch.float32, partial(wrap, offload=c.offload_optimizer))
+    reference = load_model(source, device, dtype, wrap).requires_grad_(False) if c.beta else None
     model.gradient_checkpointing = c.gradient_checkpointing
     model.visual.requires_grad_(not c.freeze_vision)
     dataset = VideoDataset(records, tokenizer, model.config, c)
@@ -933,10 +928,11 @@ def main():
     per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * WORLD
     total = c.max_steps * per_step if c.max_steps > 0 else len(records) * c.num_train_epochs
     steps, max_bad = math.ceil(total / per_step), total // 100 if c.max_bad_samples < 0 else c.max_bad_samples
-    run, checkpoint = open_run(c, model.config, dtype)
+    checkpoint, start = open_run(c, model.config, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), c.learning_rate, weight_decay=c.weight_decay, fused=device.type == "cuda")
     schedule = get_scheduler(c.lr_scheduler_type, optimizer, math.ceil(steps * c.warmup_ratio), steps).lr_lambdas[0]
-    start = resume(checkpoint, model, optimizer, output_dir) if checkpoint else 0
+    if checkpoint:
+        dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "resume")))
     batches = rank_batches(total, range(start, steps), c.per_device_train_batch_size, c.gradient_accumulation_steps)
     loader, caught, bad_samples, bad_steps = iter(load_batches(dataset, batches, c.dataloader_num_workers)), catch_signals(), 0, 0
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=RANK > 0, desc="GRPO")
@@ -974,25 +970,27 @@ def main():
         if RANK == 0:
             log |= rollout_metrics(rows) | dict(bad_samples=int(totals["bad"]))
             append_rows(output_dir / "rollouts.jsonl", rows)
-            append_rows(output_dir / "metrics.jsonl", [{key: value for key, value in log.items() if key != "clock"}])
+            log_step(c, log)
             if (step + 1) % c.logging_steps == 0:
                 bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "kl", "completion_length")})
         if bad_samples > max_bad or bad_steps == 3:
             fail(f"{bad_samples} samples could not be read (--max_bad_samples {max_bad}), {bad_steps} steps in a row (at most 2) "
                  f"had no finite loss and gradient: see the lines above and {output_dir}/rollouts.jsonl")
         if (step + 1) % c.save_steps == 0 or totals["stop"]:
-            save_checkpoint(c, step + 1, model, optimizer, source, dtype, run)
+            save_checkpoint(c, step + 1, model, optimizer, source, dtype)
         if totals["stop"]:
             tqdm.write(f"stopped after step {step + 1}; --resume_from_checkpoint auto goes on", file=sys.stderr)
             sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
-    save_model(model, output_dir, source, dtype, run)
+    save_model(model, output_dir, source, dtype)
     if RANK == 0:
-        rewards = [json.loads(line)["reward"] for line in open(output_dir / "metrics.jsonl")]
-        first, last = ([r for r in part if math.isfinite(r)] or [0.0] for part in (rewards[:10], rewards[-10:]))
-        print(f"mean reward of the first 10 steps {np.mean(first):.3f}, of the last 10 {np.mean(last):.3f}\n"
+        rewards = [json.loads(line)["reward"] for line in open(output_dir / "metrics.jsonl")]  # NaN without a readable sample
+        print(f"mean reward of the first 10 steps {np.nanmean(rewards[:10]):.3f}, of the last 10 {np.nanmean(rewards[-10:]):.3f}\n"
               f"{output_dir}/ holds the trained model, config.json, metrics.jsonl and rollouts.jsonl")
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:  # a full disk, for one; the last checkpoint is whole
+        sys.exit(f"rank {RANK}: {type(error).__name__}: {str(error).splitlines()[-1]}")

@@ -10,8 +10,8 @@ one completion a prompt, which is given, and without rewards: `diff sft_video.py
 
 Dimensions: B prompts, G = 1 response of each, P and C their tokens, N rows, H heads, K key heads, E, D widths of a head, the model.
 """
-import argparse, hashlib, importlib.metadata, itertools, json, math, multiprocessing, operator, os, random, re, resource, shutil
-import signal, subprocess, sys, time, types
+import argparse, atexit, hashlib, importlib.metadata, importlib.util, itertools, json, math, multiprocessing, operator, os, random
+import re, resource, shutil, signal, subprocess, sys, time, types
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,12 @@ from typing import Literal
 
 import decord
 import numpy as np
-import torch
-import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.nn as nn, torch.nn.functional as F
 from huggingface_hub import errors, save_torch_state_dict, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import distributed as dist, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -43,9 +40,9 @@ def flag(default, help):
     return field(**given, metadata=dict(help=help))
 
 def fail(*problems):
-    """Ends the program with exit code 2 and one line per problem (20 at most, then the count) on rank 0's stderr."""
+    """Ends the program with exit code 2 and one line per problem (20 at most, then the count) on stderr, once a machine."""
     more = [f"{len(problems)} problems in all; these were the first 20"] if len(problems) > 20 else []
-    if RANK == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(*(f"{Path(sys.argv[0]).name}: error: {problem}" for problem in [*problems[:20], *more]), sep="\n", file=sys.stderr)
     sys.exit(2)
 
@@ -61,12 +58,10 @@ def parse_config(config_class, toy_presets, argv=None):
         for word, limit in re.findall(r"(above|at least|at most) (-?\d+(?:\.\d+)?)", f.metadata["help"]):
             if value is not None and not (holds[word](value, float(limit)) and value < math.inf):
                 problems.append(f"--{f.name} {value}: must be a number {word} {limit}")
-    if problems:
-        fail(*problems)
-    return config
+    return fail(*problems) if problems else config
 
 def set_up(toy):
-    """-> this rank's device. Makes the process group, alone or under torchrun; with --toy, rank 0 builds a missing toy."""
+    """-> this rank's device and the type to compute in. Makes the process group; with --toy, rank 0 builds a missing toy."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -76,17 +71,15 @@ def set_up(toy):
     if toy and RANK == 0 and not (HERE / "toy/model").exists() and subprocess.call([sys.executable, HERE / "toy/make_toy.py"]):
         fail(f"--toy: {HERE}/toy/make_toy.py, which stands beside this script in its repository, did not build the toy")
     barrier()
-    return device
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 def find_model(name):
-    """A folder, or a hub id, fetched into the hub's cache by rank 0 before the others look there -> the checkpoint's folder."""
-    for turn in (RANK == 0, RANK > 0):
-        try:
-            name = snapshot_download(name, ignore_patterns=["*.bin"]) if turn and not Path(name).is_dir() else name
-        except (OSError, errors.HFValidationError) as error:
-            fail(f"--model {name}: no such folder, and the hub gave nothing ({str(error).splitlines()[0]}); `hf download Qwen/"
-                 "Qwen2-VL-7B-Instruct --local-dir DIR` fetches the paper's model; `grpo_video.py --toy` needs no download")
-        barrier()
+    """A folder, or a hub id, whose checkpoint is fetched into the hub's cache (it locks: ranks may ask at once) -> the folder."""
+    try:
+        name = name if Path(name).is_dir() else snapshot_download(name, ignore_patterns=["*.bin"])
+    except (OSError, errors.HFValidationError) as error:
+        fail(f"--model {name}: no such folder, and the hub gave nothing ({str(error).splitlines()[0]}); `hf download Qwen/"
+             "Qwen2-VL-7B-Instruct --local-dir DIR` fetches the paper's model; `grpo_video.py --toy` needs no download")
     if absent := [file for file in ("config.json", "tokenizer_config.json") if not Path(name, file).is_file()]:
         fail(f"--model {name}: holds no {' and no '.join(absent)}, as a Qwen2-VL checkpoint does")
     return Path(name)
@@ -100,6 +93,7 @@ class Config:
     annotations: str = flag("", "training rows; default: DATA_ROOT/annotations/training_with_cot_6k.jsonl")
     answer_only: bool = flag(False, "take plain annotation rows and supervise `<answer>X. text</answer>` alone")
     toy: bool = flag(False, "train the tiny model in toy/ on its tiny videos, building them first if they are not there")
+    validate: bool = flag(False, "check every record, video and image of the data root, print a report and stop")
     output_dir: str = flag("runs/sft", "where config.json, the logs, the checkpoints and the final model go")
     overwrite_output_dir: bool = flag(False, "start anew in an output_dir that holds a run already")
     resume_from_checkpoint: str = flag("", "a checkpoint folder to go on from, or 'auto': the output_dir's last one, if any")
@@ -115,6 +109,7 @@ class Config:
     per_device_train_batch_size: int = flag(1, "rows per device and micro-batch, at least 1")
     gradient_accumulation_steps: int = flag(16, "micro-batches of a step; 16 on 8 GPUs are the paper's 128 rows, at least 1")
     gradient_checkpointing: bool = flag(True, "recompute each layer in the backward pass")
+    offload_optimizer: bool = flag(False, "on a GPU: fp32 weights, gradients and moments in host memory, where the optimizer steps")
     freeze_vision: bool = flag(False, "do not train the vision tower")
     eval_every: int = flag(0, "steps between evaluations of the held-out rows' loss; 0: none, at least 0")
     eval_rows: int = flag(64, "rows at the file's end that eval_every holds out, at least 1")
@@ -124,22 +119,19 @@ class Config:
     dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
     decode_timeout: float = flag(60.0, "seconds after which decoding a sample is given up, above 0")
     max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: a hundredth of the run, at least -1")
+    wandb: str = flag("", "project of wandb to send the rows of metrics.jsonl to; the package is needed only then")
     logging_steps: int = flag(10, "a line on stdout every so many steps (metrics.jsonl has every step), at least 1")
     save_steps: int = flag(100, "steps between checkpoints, at least 1")
     save_total_limit: int = flag(2, "newest checkpoints kept; 0: all, at least 0")
 
-
-# What --toy changes; flags given beside it win.
 TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), output_dir="runs/toy-sft", learning_rate=2e-3,
            overwrite_output_dir=True, max_steps=100, per_device_train_batch_size=16, gradient_accumulation_steps=1,
            max_frames=8, frame_size=56, gradient_checkpointing=False, dataloader_num_workers=1)
 
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py (checked by test_smoke.py) ===
-# Module names are the checkpoint's. B prompts, each computed once, and G completions beside each are rows [B*P | B*G*C].
 class Prompts(types.SimpleNamespace):
-    """B prompts, padded on the right to P tokens, where causal attention needs no mask: no real token looks there. ids [B, P],
-    positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position [B] (of the first completion token), keep [B, P] (True on
-    real tokens; None if nothing is padded), patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
+    """B prompts, padded on the right to P tokens. ids [B, P], positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position
+    [B] (a completion's first), keep [B, P] (True on real tokens; None: nothing is padded), patches [N, 1176], grids (t, h, w)."""
     @classmethod
     def collate(cls, samples, device, dtype):
         """Samples with ids [P], positions [3, P], patches [N, 1176] uint8 and grids -> one batch on the device."""
@@ -253,7 +245,7 @@ class PackedAttention:
         return torch.cat((out, own.transpose(1, 2).flatten(0, 1)))
 
 class Qwen2VL(nn.Module):
-    """Calling it scores completions; its parts serve decoding too."""
+    """Calling it scores completions; its parts serve decoding too. Module names are the checkpoint's."""
     def __init__(self, config):
         super().__init__()
         self.config, c, self.gradient_checkpointing = config, config.text_config, False
@@ -336,9 +328,10 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
         fail(*(f"--model {folder}: tensor {name} is {found.get(name, 'missing')}, must be "
                f"{list(wanted[name].shape) if name in wanted else 'absent'}" for name in sorted(wrong)))
     for name, empty in wanted.items():
-        tensor = where[name].get_tensor(name).to(device, dtype)
-        whole = not isinstance(empty, DTensor)
-        wanted[name] = tensor if whole else distribute_tensor(tensor, empty.device_mesh, empty.placements, src_data_rank=None)
+        wanted[name] = where[name].get_tensor(name).to(device, dtype)
+        if isinstance(empty, DTensor):  # whose mesh may be on another device than the one that it stays on
+            sharded = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None)
+            wanted[name] = sharded.to(device)
     model.load_state_dict(wanted, assign=True)
     return model
 # === end shared: qwen2_vl ===
@@ -380,7 +373,7 @@ def parse_record(raw, root):
     media += [("image", f"images/{source}/{text_field(raw, 'current_observation_basename')}")]
     return record | dict(media=[(kind, inside(root, path)) for kind, path in media])
 
-def load_records(path, root, parse=parse_record):
+def load_records(path, root, parse=parse_record, fail=fail):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and sample_id; exit code 2."""
     if not path.is_file():
         fail(f"{path}: no such annotation file; for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type dataset --local-"
@@ -420,8 +413,7 @@ def build_messages(record, choices):
     return [dict(role="user", content=[dict(type=kind) for kind, _ in record["media"]] + [text])]
 
 def frame_indices(total, video_fps, fps, max_frames):
-    """-> indices to decode: fps x duration of them, clamped to [4, max_frames], floored to even, evenly spread (a short video
-    repeats some)."""
+    """-> frames to decode: fps x duration, clamped to [4, max_frames], floored to even, evenly spread; a short one repeats some."""
     count = int(min(max(total / video_fps * fps, 4), max_frames)) // 2 * 2
     return np.linspace(0, total - 1, count).round().astype(int)
 
@@ -450,7 +442,7 @@ class Decoder:
     """decode(*inputs) in a child process, because decord can hang for ever holding the GIL (trap 14), or crash. A child serves
     many samples; a timer ends one that takes too long over a sample, and the next sample gets a new child."""
     def __init__(self, decode, seconds):
-        self.decode, self.seconds, self.pipe = decode, seconds, None
+        self.decode, self.seconds, self.parent = decode, seconds, None
     def serve(self, pipe):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends the process, whoever holds the GIL
         torch.set_num_threads(1)  # the parent's thread pool was not forked
@@ -465,8 +457,8 @@ class Decoder:
             pipe.send(result)
     def __call__(self, *inputs):
         """-> (result, None), or (None, what went wrong)."""
-        if self.pipe is None:
-            self.pipe, theirs = multiprocessing.Pipe()
+        if self.parent != os.getpid():  # a fork of the parent has no child yet
+            (self.pipe, theirs), self.parent = multiprocessing.Pipe(), os.getpid()
             self.child = os.fork()
             if self.child == 0:
                 self.pipe.close()
@@ -479,7 +471,7 @@ class Decoder:
             self.pipe.send(inputs)
             return self.pipe.recv()
         except (EOFError, OSError):
-            end, self.pipe = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), None
+            end, self.parent = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1]), None
             return None, {-signal.SIGALRM: f"decoding took over {self.seconds} s"}.get(end, f"decoder died with exit code {end}")
 
 class VideoDataset:
@@ -530,6 +522,7 @@ class VideoDataset:
 
 def load_batches(dataset, batches, workers):
     """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave SIGTERM and Ctrl-C to the loop."""
+    atexit.register(lambda: (signal.signal(signal.SIGCHLD, signal.SIG_DFL), [w.kill() for w in multiprocessing.active_children()]))
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator(),
         worker_init_fn=lambda _: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)])
@@ -541,27 +534,27 @@ def rank_batches(total, steps, B, accumulation):
     starts = [((step * accumulation + a) * WORLD + RANK) * B for step in steps for a in range(accumulation)]
     return [[p for p in range(start, start + B) if p < total] for start in starts]
 
-def shard(model, device, dtype):
-    """FSDP2 over the ranks (HSDP over nodes): parameters are fp32 shards, the optimizer's master weights (at lr 1e-6 an update of
-    bf16 would round away), gathered as `dtype` to compute; gradients are reduced in fp32. One CPU process needs no wrapper."""
+def shard(model, device, dtype, offload=False):
+    """FSDP2 over the ranks (HSDP over nodes): fp32 shards, the master weights (at lr 1e-6 an update of bf16 rounds away), gathered
+    as `dtype` to compute; fp32 gradients. `offload` keeps all that in host memory. One CPU process needs no wrapper."""
     if WORLD > 1 or device.type == "cuda":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
         shape = (WORLD // local, local) if local < WORLD else (WORLD,)
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+        place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for part in (*model.visual.blocks, *model.model.layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)  # a root left whole would go stale
+        for part in (*model.visual.blocks, *model.model.layers, model):  # a root left whole after its forward would go stale
+            fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
     return model
 
 def gathered(tensor, dtype):
-    """A weight as `dtype`, whole even if it is sharded."""
+    """A tensor as `dtype`; a sharded one whole, and on the device that computes, even if its shards are not."""
     tensor = tensor.detach().to(dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 def optimizer_step(model, optimizer, learning_rate, max_grad_norm, loss):
     """Clips and applies the gradients -> their norm before. If it or the loss is not finite, nothing is applied."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = float(gathered(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm), torch.float32))
     if math.isfinite(norm + loss):
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
@@ -601,7 +594,15 @@ def append_rows(path, rows):
     with open(path, "a") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-def save_model(model, folder, source, dtype, run):
+def log_step(c, log):
+    """Appends a step's row to metrics.jsonl, and sends it to wandb if --wandb says so."""
+    row = {key: value for key, value in log.items() if key != "clock"}
+    append_rows(Path(c.output_dir, "metrics.jsonl"), [row])
+    if c.wandb:
+        import wandb
+        wandb.log(row, step=row["step"])
+
+def save_model(model, folder, source, dtype):
     """Writes a folder that transformers loads: safetensors (sharded above 5 GB), config.json with the run's settings in it, and the
     tokenizer's and processor's files of `source`, where the model came from. Rank 0 writes what all ranks gather."""
     whole = ((name, gathered(p, dtype)) for name, p in model.state_dict().items())
@@ -612,54 +613,58 @@ def save_model(model, folder, source, dtype, run):
         for file in source.iterdir():
             if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
-        save_config(model.config, folder, dtype, run)
+        model.config.save_pretrained(folder)
     barrier()
-
-def save_config(config, folder, dtype, run):
-    """The model's config.json with one more entry, "run": every setting, the versions and the script's sha256."""
-    config.run, config.dtype, config.text_config.dtype = run, dtype, dtype  # else transformers would round fp32 weights
-    config.save_pretrained(folder)
 
 def checkpoints(output_dir):
     """A run's complete checkpoints, oldest first."""
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
 
 def open_run(c, config, dtype):
-    """Makes output_dir and its config.json -> (the "run" entry, the checkpoint to go on from or None). A restart by torchrun goes
-    on by itself. An older run is neither overwritten nor mixed in unasked."""
+    """Makes output_dir and its config.json: the model's, and an entry "run" with all settings, versions and the script's sha256 ->
+    the checkpoint to go on from (a restart by torchrun finds it by itself) or None; its step or 0: what came later is removed."""
     output_dir = Path(c.output_dir)
     wish = "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else c.resume_from_checkpoint
     checkpoint = (checkpoints(output_dir) or [None])[-1] if wish == "auto" else Path(wish) if wish else None
-    if checkpoint and not (checkpoint / "resume").is_dir():
+    if checkpoint and not (checkpoint in checkpoints(checkpoint.parent) and (checkpoint / "resume").is_dir()):
         fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint-<step> folder of a run; 'auto' finds the last one")
     if output_dir.is_file() or (output_dir / "metrics.jsonl").exists() and not wish and not c.overwrite_output_dir:
         fail(f"--output_dir {output_dir} is a file or holds a run: --resume_from_checkpoint auto goes on with that, "
              "--overwrite_output_dir begins anew")
+    if c.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # wandb's own folder of runs has none
+        fail(f"--wandb {c.wandb}: the package is not there; `pip install wandb`")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "decord", "numpy", "pillow")}
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    run = asdict(c) | dict(versions=versions, script_sha256=script, world_size=WORLD)
+    script, start = hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), int(checkpoint.name[11:]) if checkpoint else 0
+    config.run = asdict(c) | dict(versions=versions, script_sha256=script, world_size=WORLD)
+    config.dtype = config.text_config.dtype = dtype  # else transformers would round fp32 weights
     barrier()  # rank 0 changes nothing before all have looked
     if RANK == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for old in [] if checkpoint else [*checkpoints(output_dir), output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl"]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        save_config(config, output_dir, dtype, run)
+        for later in (p for p in checkpoints(output_dir) if int(p.name[11:]) > start):
+            shutil.rmtree(later)
+        for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl")):
+            os.truncate(log, sum(len(line) for line in log.read_bytes().splitlines(keepends=True)
+                                 if line.endswith(b"\n") and json.loads(line)["step"] <= start))
+        config.save_pretrained(output_dir)
+        if c.wandb:
+            import wandb
+            wandb.init(project=c.wandb, name=c.output_dir, config=config.run)
     barrier()
-    return run, checkpoint
+    return checkpoint, start
 
 def training_state(model, optimizer):
     """{name: tensor}: weights, moments, step counts, all that training goes on from; zero moments before the first step."""
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     return {name: z if z.dim() else z.view(1) for name, z in (weights | moments).items() if isinstance(z, torch.Tensor)}
 
-def save_checkpoint(c, step, model, optimizer, source, dtype, run):
+def save_checkpoint(c, step, model, optimizer, source, dtype):
     """output_dir/checkpoint-<step>: a model folder, and in resume/ the shards of training_state. Written beside, synced, then
     renamed: a kill at any moment leaves the last complete one. The newest save_total_limit are kept."""
     final, beside = (Path(c.output_dir, f"checkpoint-{step}{suffix}") for suffix in ("", ".tmp"))
     if RANK == 0:
         shutil.rmtree(beside, ignore_errors=True)  # a kill's leftover, if there is one
     barrier()
-    save_model(model, beside, source, dtype, run)
+    save_model(model, beside, source, dtype)
     writer = dcp.HuggingFaceStorageWriter(str(beside / "resume"), save_distributed=True)
     dcp.save(training_state(model, optimizer), storage_writer=writer)
     os.sync()
@@ -670,16 +675,6 @@ def save_checkpoint(c, step, model, optimizer, source, dtype, run):
         for old in checkpoints(final.parent)[:-c.save_total_limit] if c.save_total_limit else []:
             shutil.rmtree(old)
     barrier()
-
-def resume(checkpoint, model, optimizer, output_dir):
-    """Reads a checkpoint into the model and the optimizer, and cuts the logs back to its step -> that step."""
-    step = int(checkpoint.name[11:])
-    dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "resume")))
-    for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl") if RANK == 0 else ()):
-        whole = log.read_text().split("\n")[:-1]
-        log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
-    barrier()
-    return step
 # === end shared: training ===
 
 def parse_chat(raw, root):
@@ -719,14 +714,15 @@ def evaluate(model, batches, device):
 
 def main():
     c = parse_config(Config, TOY)
-    device = set_up(c.toy)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    root, output_dir, name = Path(c.data_root), Path(c.output_dir), "training_6k" if c.answer_only else "training_with_cot_6k"
-    records = load_records(Path(c.annotations or root / f"annotations/{name}.jsonl"), root,
-                           parse_record if c.answer_only else parse_chat)
+    device, dtype = set_up(c.toy)
+    if c.validate:
+        sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root, c.annotations]))
+    root, rows = Path(c.data_root), ("training_6k", parse_record) if c.answer_only else ("training_with_cot_6k", parse_chat)
+    records = load_records(Path(c.annotations or root / f"annotations/{rows[0]}.jsonl"), root, rows[1])
     source = find_model(c.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = load_model(source, device, torch.float32, partial(shard, device=device, dtype=dtype))
+    model = load_model(source, torch.device("cpu") if c.offload_optimizer else device, torch.float32,
+                       partial(shard, device=device, dtype=dtype, offload=c.offload_optimizer))
     model.gradient_checkpointing = c.gradient_checkpointing
     model.visual.requires_grad_(not c.freeze_vision)
     VideoDataset(records, tokenizer, model.config, c).check_lengths(c.max_length)
@@ -741,10 +737,11 @@ def main():
     prepare = partial(supervise, tokenizer=tokenizer, config=model.config, device=device, dtype=dtype)
     total = c.max_steps * per_step if c.max_steps > 0 else rows * c.num_train_epochs
     steps, max_bad = math.ceil(total / per_step), total // 100 if c.max_bad_samples < 0 else c.max_bad_samples
-    run, checkpoint = open_run(c, model.config, dtype)
+    checkpoint, start = open_run(c, model.config, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), c.learning_rate, weight_decay=c.weight_decay, fused=device.type == "cuda")
     schedule = get_scheduler(c.lr_scheduler_type, optimizer, math.ceil(steps * c.warmup_ratio), steps).lr_lambdas[0]
-    start = resume(checkpoint, model, optimizer, output_dir) if checkpoint else 0
+    if checkpoint:
+        dcp.load(training_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / "resume")))
     batches = rank_batches(total, range(start, steps), B, c.gradient_accumulation_steps)
     loader, caught, bad_samples, bad_steps = iter(load_batches(dataset, batches, c.dataloader_num_workers)), catch_signals(), 0, 0
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=RANK > 0, desc="SFT")
@@ -778,22 +775,25 @@ def main():
             tqdm.write(f"step {step + 1} not applied: loss {log['loss']}, gradient norm {log['grad_norm']}", file=sys.stderr)
         if RANK == 0:
             log |= dict(tokens=int(totals["tokens"] + totals["prompt_tokens"]), bad_samples=int(totals["bad"]))
-            append_rows(output_dir / "metrics.jsonl", [{key: value for key, value in log.items() if key != "clock"}])
+            log_step(c, log)
             if (step + 1) % c.logging_steps == 0:
                 bar.set_postfix({key: f"{log[key]:.3f}" for key in ("loss", "token_accuracy")})
         if bad_samples > max_bad or bad_steps == 3:
             fail(f"{bad_samples} samples could not be read (--max_bad_samples {max_bad}), {bad_steps} steps in a row (at most 2) "
                  "had no finite loss and gradient: see the lines above")
         if (step + 1) % c.save_steps == 0 or totals["stop"]:
-            save_checkpoint(c, step + 1, model, optimizer, source, dtype, run)
+            save_checkpoint(c, step + 1, model, optimizer, source, dtype)
         if totals["stop"]:
             tqdm.write(f"stopped after step {step + 1}; --resume_from_checkpoint auto goes on", file=sys.stderr)
             sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
-    save_model(model, output_dir, source, dtype, run)
+    save_model(model, Path(c.output_dir), source, dtype)
     if RANK == 0:
-        print(f"{output_dir}/ holds the trained model, config.json and metrics.jsonl")
+        print(f"{c.output_dir}/ holds the trained model, config.json and metrics.jsonl")
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:  # a full disk, for one; the last checkpoint is whole
+        sys.exit(f"rank {RANK}: {type(error).__name__}: {str(error).splitlines()[-1]}")

@@ -1,17 +1,19 @@
 """Wrong flags, wrong annotations, wrong checkpoints, unreadable media: what the user is told, and what goes on."""
 import faulthandler
+import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 import grpo_video as g
 import sft_video
 from test_smoke import CPU, ROOT
+from tools import validate
 from toy import make_toy
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
@@ -335,6 +338,8 @@ def load(toy, media, **changes):
     ("cut.png", lambda folder: png(folder, 56, 56)[:2000]),
     ("bomb.png", lambda folder: png(folder, 1, 1).replace(struct.pack(">2I", 1, 1), struct.pack(">2I", 10 ** 5, 10 ** 5))),
     ("gone.avi", None),
+    ("text.mp4", lambda folder: b"this is no video\n" * 99),
+    ("cut.mp4", lambda folder: struct.pack(">I4s4sI4s", 20, b"ftyp", b"isom", 512, b"isom") + struct.pack(">I4s", 9999, b"moov") + bytes(99)),
 ])
 def test_unreadable_media(toy, tmp_path, monkeypatch, name, make):
     """Trap 13: {sample_id, error} with the path and the cause in one line, soon; no pixels and no prompt."""
@@ -345,6 +350,22 @@ def test_unreadable_media(toy, tmp_path, monkeypatch, name, make):
     start, sample = time.perf_counter(), load(toy, [("image" if name.endswith("png") else "video", tmp_path / name)])
     assert sample["sample_id"] == "uuid_1" and str(tmp_path / name) in sample["error"] and "\n" not in sample["error"]
     assert not {"patches", "ids", "text"} & set(sample) and time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("name, word", [("secret.avi", "error reading"), ("fifo.avi", "decoding took over 1.0 s")])
+def test_media_that_cannot_be_read(name, word):
+    """Unreadable permissions are told; a pipe that took the file's place and never answers ends at the time limit (trap 14)."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        os.chmod(folder, 0o755)
+        path, user = Path(folder, name), os.geteuid()
+        os.mkfifo(path) if name == "fifo.avi" else path.write_bytes(b"")
+        os.chmod(path, 0o666 if name == "fifo.avi" else 0)
+        try:
+            os.seteuid(user or 65534)  # root reads everything
+            result, problem = g.Decoder(g.read_media, 1.0)("video", path, 56, 2.0, 8)
+        finally:
+            os.seteuid(user)
+        assert result is None and word in problem.lower(), problem
 
 
 @pytest.mark.parametrize("data, frames", [
@@ -487,14 +508,105 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, toy, tmp_path, fl
     assert not (tmp_path / "run").exists() and (tmp_path / "file").read_text() == "mine"
 
 
-def test_resume_reads_what_the_policy_wrote(tmp_path, monkeypatch):
+def test_resume_reads_what_the_policy_wrote(toy, tmp_path):
     """Completions may hold any character, line separators such as U+2028 and U+0085 among them: cutting the logs back to the
-    checkpoint's step neither chokes on them nor loses a row."""
+    checkpoint's step neither chokes on them nor loses a row. Going on from an earlier checkpoint removes the later ones."""
     rows = [dict(step=step, text="a\u2028b\x85c\u2029d\n") for step in (1, 2, 3)]
     g.append_rows(tmp_path / "rollouts.jsonl", rows)
     with open(tmp_path / "rollouts.jsonl", "a") as f:
         f.write('{"step": 2, "te')  # cut off by a power loss
-    monkeypatch.setattr(g, "dcp", SimpleNamespace(load=lambda *args, **kwargs: None, HuggingFaceStorageReader=lambda path: None))
-    monkeypatch.setattr(g, "training_state", lambda *args: {})
-    assert g.resume(tmp_path / "checkpoint-2", None, None, tmp_path) == 2
+    config = AutoConfig.from_pretrained(toy / "init")
+    for n in (1, 2):
+        (tmp_path / f"checkpoint-{n}/resume").mkdir(parents=True)
+    assert g.open_run(g.Config(output_dir=str(tmp_path), resume_from_checkpoint="auto"), config, torch.float32) == (tmp_path / "checkpoint-2", 2)
     assert [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]] == rows[:2]
+    earlier = g.Config(output_dir=str(tmp_path), resume_from_checkpoint=f"{tmp_path}/checkpoint-1/")
+    assert g.open_run(earlier, config, torch.float32) == (tmp_path / "checkpoint-1", 1)
+    assert not (tmp_path / "checkpoint-2").exists()  # or 'auto' would go on from a future that the logs no longer tell
+
+
+# ---- The whole data root, other people's packages, a full disk -------------------------------------------------------
+def test_validate(root, monkeypatch, capsys):
+    """--validate tells all that is wrong in a data root, in rows of both kinds and in files, by name, and exits with 2."""
+    for name, content in {"empty.avi": b"", "cut.avi": avi(root)[:100], "text.avi": b"no video"}.items():
+        (root / "videos/Ego4D" / name).write_bytes(content)
+    (root / "made.avi").unlink()
+    rows = [bad(sample_id=name, video_basename=name) for name in ("empty.avi", "cut.avi", "text.avi", "none.avi")]
+    write_rows(root / "annotations/training_6k.jsonl", PLAIN, *rows, bad(DRAWN, sample_id=9, question=None))
+    write_rows(root / "annotations/training_with_cot_6k.jsonl", CHAT, chat(dict(type="image", image="none.png")))
+    write_rows(root / "annotations/validation_L1.jsonl", PLAIN, bad(sample_id=3, video_basename="empty.avi"))
+    command = [sys.executable, ROOT / "grpo_video.py", "--validate", "--data_root", root]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    told = done.stdout.splitlines()
+    assert done.returncode == 2, done.stderr
+    for line, words in zip(told, [("training_6k.jsonl:5: sample_id none.avi",), ("training_6k.jsonl:6: sample_id 9", "question"),
+                                  ("training_with_cot_6k.jsonl:2: sample_id 2", "none.png"),
+                                  ("empty.avi: ", "of training_6k.jsonl: sample_id empty.avi and 1 more"),
+                                  ("cut.avi: ", "and 0 more"), ("text.avi: ", "and 0 more")], strict=False):
+        assert all(word in line for word in words), line
+    assert [line.removeprefix(f"{root}/") for line in told[6:]] == [
+        "annotations/training_6k.jsonl: 4 checked, 2 wrong", "annotations/training_with_cot_6k.jsonl: 1 checked, 1 wrong",
+        "annotations/validation_L1.jsonl: 2 checked, 0 wrong", "videos: 4 checked, 3 wrong", "images: 1 checked, 0 wrong"]
+    assert "files: 100%" in done.stderr
+    write_rows(root / "annotations/good.jsonl", PLAIN)
+    for argv, code, out, err in (([root, root / "annotations/good.jsonl"], 0, "videos: 1 checked, 0 wrong\nimages: 1 checked, 0 wrong", ""),
+                                 ([root / "videos"], 2, "", "must be a data root")):
+        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            validate.main()
+        told = capsys.readouterr()
+        assert end.value.code == code and out in told.out and err in told.err
+
+
+WANDB = """
+import json, os
+def write(**what):
+    with open(os.environ["WANDB_TOLD"], "a") as f:
+        f.write(json.dumps(what) + "\\n")
+def init(**more):
+    write(init=more)
+def log(row, step):
+    write(row=row, step=step)
+"""
+
+
+@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
+def test_wandb(run, tmp_path, monkeypatch, script):
+    """--wandb PROJECT sends metrics.jsonl's rows there; without the package, and with a folder of wandb's own, it is one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    code, err, out = run(script, wandb="videos")
+    assert code == 2 and err.splitlines() == [
+        f"{Path(script.__file__).name}: error: --wandb videos: the package is not there; `pip install wandb`"] and not out.exists()
+    (tmp_path / "wandb/__init__.py").write_text(WANDB)
+    importlib.invalidate_caches()
+    monkeypatch.setenv("WANDB_TOLD", str(tmp_path / "told.jsonl"))
+    try:
+        code, err, out = run(script, wandb="videos", per_device_train_batch_size=4)
+    finally:
+        sys.modules.pop("wandb", None)
+    told = read_rows(tmp_path / "told.jsonl")
+    assert code == 0 and told[0]["init"]["project"] == "videos" and told[0]["init"]["config"]["seed"] == 42, err
+    log = read_rows(out / "metrics.jsonl")
+    assert [x["row"] for x in told[1:]] == log and [x["step"] for x in told[1:]] == [1, 2] and "clock" not in log[0]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(toy, tmp_path):
+    """The disk fills up while a checkpoint is written: one line and exit code 1, and the last complete checkpoint goes on."""
+    out, env = tmp_path / "run", os.environ | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, ROOT / "grpo_video.py", "--model", toy / "init", "--data_root", toy / "data", "--output_dir", out,
+               "--max_frames", "4", "--frame_size", "56", "--num_generations", "2", "--max_completion_length", "3", "--save_steps", "4",
+               "--dataloader_num_workers", "1"]
+    started = subprocess.Popen([*command, "--max_steps", "400"], env=env, stderr=subprocess.PIPE, text=True)
+    while not (out / "checkpoint-4").exists() and started.poll() is None:
+        time.sleep(0.01)
+    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (2 ** 19, 2 ** 19))  # the logs are smaller, the weights larger
+    _, error = started.communicate(timeout=100)
+    steps = sorted(int(p.name[11:]) for p in out.glob("checkpoint-*") if not p.name.endswith(".tmp"))
+    assert started.returncode == 1 and "File too large" in error.splitlines()[-1] and "Traceback" not in error, error
+    assert steps and list(out.glob(f"checkpoint-{steps[-1] + 4}.tmp"))
+    done = subprocess.run([*command, "--max_steps", str(steps[-1] + 5), "--resume_from_checkpoint", "auto"], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, steps[-1] + 6)), done.stderr
+    assert not list(out.glob("*.tmp"))

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, get_sch
 
 import grpo_video
 from conftest import ROOT
-from grpo_video import (completion_mask, entropy_of, finished_rows, generate, group_advantages, k3_kl, load_model,
-                        mrope_positions, optimizer_step, policy_loss, reward_of, rollout, rollout_metrics, save_model)
+from grpo_video import (Config, completion_mask, entropy_of, finished_rows, generate, group_advantages, k3_kl, load_model,
+                        mrope_positions, open_run, optimizer_step, policy_loss, reward_of, rollout, rollout_metrics, save_model)
 from test_smoke import (CLIP, CPU, END, IMAGE, OTHER_END, STILL, TINY, TINY_VISION, VIDEO, collate, make_group, make_sample,
                         random_completions, run_update, transformers_gradients, transformers_logits, transformers_logp)
 
@@ -185,7 +185,8 @@ def test_saved_model_loads_in_transformers(toy, tmp_path, dtype):
     with torch.no_grad():
         for p in model.parameters():
             p += 0.01 * torch.randn_like(p)
-    save_model(model, tmp_path / "out", toy / "init", dtype, dict(seed=3))
+    assert open_run(Config(output_dir=str(tmp_path / "run"), seed=3), model.config, dtype) == (None, 0)
+    save_model(model, tmp_path / "out", toy / "init", dtype)
     hf, tokenizer = (c.from_pretrained(tmp_path / "out") for c in (Qwen2VLForConditionalGeneration, AutoTokenizer))
     assert hf.dtype == dtype and json.loads((tmp_path / "out/config.json").read_text())["run"]["seed"] == 3
     saved = load_file(tmp_path / "out/model.safetensors")
@@ -565,7 +566,7 @@ from functools import partial
 from pathlib import Path
 import grpo_video as g
 from test_smoke import make_group, run_update
-device = g.set_up(False)
+device, _ = g.set_up(False)
 model = g.load_model(Path(sys.argv[1]), device, torch.float32, partial(g.shard, device=device, dtype=torch.bfloat16))
 before = {name: g.gathered(p, torch.float32).clone() for name, p in model.state_dict().items()}
 group = make_group(model, [[1.0, -0.5, -0.25], [-0.3, 0.7, 0.2]][g.RANK])

@@ -409,6 +409,20 @@ def test_a_decoder_that_fails(job, message):
     assert os.waitpid(child, 0) == (child, 0)  # the last child leaves when its parent does
 
 
+def test_a_forked_worker_has_its_own_decoder():
+    """A data set that has decoded in the main process is forked into workers: two that talked to one child would mix up samples."""
+    class Squares(g.Decoder):
+        def __getitem__(self, n):
+            return self(n)
+
+    squares = Squares(lambda n: n * n, 5.0)
+    assert squares[3] == (9, None)
+    found = list(g.load_batches(squares, [[n] for n in range(40)], 2))
+    assert found == [[(n * n, None)] for n in range(40)] and squares[4] == (16, None)
+    squares.pipe.close()
+    os.waitpid(squares.child, 0)
+
+
 def test_the_time_limit_is_for_one_sample():
     """Trap 14: the clock starts anew with each sample and stands still between them, so a long run of good samples goes on."""
     decoder, children = g.Decoder(lambda n: time.sleep(0.4) or os.getpid(), 1.0), set()

@@ -23,10 +23,20 @@ def command(toy, script, out, *flags, ranks=1):
             "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_ratio", "0", *batch, *flags]
 
 
+def start(*args, ranks=1):
+    """-> a function that waits for the run's good end: two runs at a time use both cores."""
+    process = subprocess.Popen(command(*args, ranks=ranks), env=os.environ | dict(OMP_NUM_THREADS="1"), text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def wait():
+        _, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error[-3000:]
+
+    return wait
+
+
 def run(*args, ranks=1):
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run(command(*args, ranks=ranks), env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start(*args, ranks=ranks)()
 
 
 def rows(path):
@@ -48,9 +58,10 @@ def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):
     global batch of 4 must give the same rollouts, and loss, gradient norm and weights after 3 steps to 1e-5; with beta 0, where
     a micro-batch of equal rewards has a forward without a backward, too."""
     flags = ["--max_steps", "3", *(["--loss_type", loss_type] if loss_type else []), *more]
-    run(toy, script, tmp_path / "one", *flags, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    one = start(toy, script, tmp_path / "one", *flags, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     run(toy, script, tmp_path / "many", *flags, "--per_device_train_batch_size", "1",
         "--gradient_accumulation_steps", str(4 // ranks), ranks=ranks)
+    one()
     one, many = rows(tmp_path / "one/metrics.jsonl"), rows(tmp_path / "many/metrics.jsonl")
     assert len(one) == len(many) == 3
     for a, b in zip(one, many):
@@ -77,9 +88,10 @@ def test_resumed_run_is_the_unbroken_one(toy, tmp_path, script):
     (broken / "model.safetensors").unlink()
     (broken / "notes.jsonl").write_text('{"mine": 1}\n')
     shutil.copytree(broken, other)
-    run(toy, script, broken, *flags, *size, "--resume_from_checkpoint", "auto")
+    resumed = start(toy, script, broken, *flags, *size, "--resume_from_checkpoint", "auto")
     run(toy, script, other, *flags, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
         "--resume_from_checkpoint", "auto", ranks=2)
+    resumed()
     assert (broken / "notes.jsonl").read_text() == '{"mine": 1}\n'  # no log of the run's
     assert difference(whole, broken) == 0 and difference(whole, other) < 1e-5
 
@@ -108,3 +120,24 @@ def test_a_signal_saves_and_leaves(toy, tmp_path, number, code):
     assert [p.name for p in out.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
     run(toy, "grpo_video.py", out, "--max_steps", str(steps + 1), "--resume_from_checkpoint", "auto")
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(1, steps + 2))
+
+
+def test_a_rank_that_dies_is_restarted(toy, tmp_path):
+    """Under torchrun --max_restarts a killed rank brings the run back from its last checkpoint by itself: the weights are the
+    unbroken run's."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = ["--max_steps", "12", "--save_steps", "2"]
+    unbroken = start(toy, "grpo_video.py", whole, *flags, ranks=2)
+    line = command(toy, "grpo_video.py", broken, *flags, ranks=2)
+    line.insert(line.index("--standalone"), "--max_restarts=2")
+    started = subprocess.Popen(line, env=os.environ | dict(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
+    while not (broken / "checkpoint-2").exists() and started.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    [rank] = [int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(rank, signal.SIGKILL)
+    _, error = started.communicate(timeout=200)
+    unbroken()
+    assert started.returncode == 0 and "Connection reset by peer" in error, error[-3000:]
+    assert json.loads((broken / "config.json").read_text())["run"]["world_size"] == 2 and len(rows(broken / "metrics.jsonl")) == 12
+    assert difference(whole, broken) == 0

@@ -17,6 +17,7 @@ SCRIPTS = ("grpo_video.py", "sft_video.py", "eval_video.py")
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)-L(\d+)\)")
 # What other programs' commands may say: torchrun before the script's name, hf, pytest, and the tools of this repository.
 OTHERS = {
+    "kill_and_resume.py": {"kills", "seed"},
     "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"},
     "hf": {"repo-type", "local-dir"},
     "test_smoke.py": {"sync"},
@@ -177,7 +178,7 @@ def test_defaults_in_the_text():
 
 def test_what_it_is():
     """No script imports another but the toy's maker; the packages are those of requirements.txt; what is said to be absent is."""
-    absent = re.compile(r"deepspeed|vllm|flash_attn|peft|bitsandbytes|wandb|CUDAGraph|cuda\.graph|torch\.compile|Trainer\b", re.I)
+    absent = re.compile(r"deepspeed|vllm|flash_attn|peft|bitsandbytes|CUDAGraph|cuda\.graph|torch\.compile|Trainer\b", re.I)
     for script in SCRIPTS:
         source = (ROOT / script).read_text()
         assert not re.search(r"^\s*(import|from) (grpo_video|sft_video|eval_video|toy|test_smoke)\b", source, re.M), script
@@ -194,7 +195,7 @@ def test_line_counts():
     assert len(found) == 4
     for name, limit in found:
         assert len((ROOT / name).read_text().splitlines()) < int(limit.replace(",", "")), name
-    assert len(README.splitlines()) < 350
+    assert len(README.splitlines()) < 420
 
 
 def test_paper_numbers():
