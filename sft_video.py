@@ -130,18 +130,20 @@ TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), outp
 
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py (checked by test_smoke.py) ===
 class Prompts(types.SimpleNamespace):
-    """B prompts, padded on the right to P tokens. ids [B, P], positions [3, B, P] (M-RoPE's t, h, w), lengths [B], next_position
-    [B] (a completion's first), keep [B, P] (True on real tokens; None: nothing is padded), patches [N, 1176], grids (t, h, w)."""
+    """B prompts less their last tokens, which open the completions, padded on the right to P tokens. ids [B, P], positions
+    [3, B, P] (M-RoPE's t, h, w), last, last_position [B], lengths [B] (of the whole prompts), keep [B, P] (True on real tokens;
+    None: nothing is padded), patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
     @classmethod
     def collate(cls, samples, device, dtype):
-        """Samples with ids [P], positions [3, P], patches [N, 1176] uint8 and grids -> one batch on the device."""
-        ids = nn.utils.rnn.pad_sequence([s["ids"] for s in samples], batch_first=True).to(device)
-        positions = nn.utils.rnn.pad_sequence([s["positions"].T for s in samples], batch_first=True).permute(2, 0, 1).to(device)
-        lengths = torch.tensor([len(s["ids"]) for s in samples], device=device)
+        """Samples with ids [P+1] (the last is a word's), positions [3, P+1], patches [N, 1176] uint8 and grids -> one batch."""
+        ids, positions = (nn.utils.rnn.pad_sequence([z[:-1] for z in zs], batch_first=True).to(device)
+                          for zs in ([s["ids"] for s in samples], [s["positions"].T for s in samples]))
+        ends = [(len(s["ids"]), s["ids"][-1], s["positions"].max()) for s in samples]
+        lengths, last, last_position = torch.tensor(ends, device=device).T
         patches = torch.cat([s["patches"] for s in samples]).to(device).unflatten(1, (3, -1)) / 255
         mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]], device=device)
-        keep = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        return cls(ids=ids, positions=positions, lengths=lengths, next_position=positions.amax((0, 2)) + 1,
+        keep = torch.arange(1, ids.shape[1] + 1, device=device) < lengths[:, None]
+        return cls(ids=ids, positions=positions.permute(2, 0, 1), last=last, last_position=last_position, lengths=lengths,
                    keep=None if keep.all() else keep, grids=[grid for s in samples for grid in s["grids"]],
                    patches=((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype))
 
@@ -214,15 +216,17 @@ class DecoderLayer(nn.Module):
                                             o_proj=linear(D, D)))
         self.mlp = nn.ModuleDict(dict(gate_proj=linear(D, hidden), up_proj=linear(D, hidden), down_proj=linear(hidden, D)))
     def forward(self, x, cos, sin, attend):
-        """x [N, D]; attend(q [N, H, E], k [N, K, E], v [N, K, E]) -> [N, H, E] decides who sees whom."""
+        """x [N, D]; attend(q [N, H, E], k [N, K, E], v [N, K, E]) -> [n, H, E] decides who sees whom; the last n rows go on."""
         a, h = self.self_attn, self.input_layernorm(x)
         q, k, v = (proj(h).unflatten(1, (-1, self.E)) for proj in (a.q_proj, a.k_proj, a.v_proj))
-        x = x + a.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1))
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1)
+        x = x[len(x) - len(out):] + a.o_proj(out)
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
 
 class PackedAttention:
-    """Rows [B*P | B*G*C]: a prompt is causal over itself; a completion sees its prompt and, causally, itself."""
+    """Rows [B*P | B*G*C]: a prompt is causal over itself; a completion sees its prompt and, causally, itself. Behind the last
+    layer, -1, only the completions' rows are needed: there a prompt is keys and values alone."""
     def __init__(self, prompts, G, C):
         (self.B, self.P), self.G, self.C, keep = prompts.ids.shape, G, C, prompts.keep
         self.mask = causal_lower_right(C, self.P + C) if C and keep is None else None
@@ -237,12 +241,11 @@ class PackedAttention:
         return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.transpose(1, 2)
     def __call__(self, layer, q, k, v):
         (q, q_own), (k, k_own), (v, v_own) = map(self.split, (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-        if self.C == 0:
-            return out
-        k, v = (torch.cat((z.repeat_interleave(self.G, 0), own), dim=2) for z, own in ((k, k_own), (v, v_own)))
-        own = F.scaled_dot_product_attention(q_own, k, v, attn_mask=self.mask, enable_gqa=True)  # [B*G, H, C, E]
-        return torch.cat((out, own.transpose(1, 2).flatten(0, 1)))
+        q = q[:, :, :0] if layer == -1 else F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if self.C:
+            k, v = (torch.cat((z.repeat_interleave(self.G, 0), own), dim=2) for z, own in ((k, k_own), (v, v_own)))
+            q_own = F.scaled_dot_product_attention(q_own, k, v, attn_mask=self.mask, enable_gqa=True)  # [B*G, H, C, E]
+        return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in (q, q_own)])
 
 class Qwen2VL(nn.Module):
     """Calling it scores completions; its parts serve decoding too. Module names are the checkpoint's."""
@@ -268,13 +271,13 @@ class Qwen2VL(nn.Module):
             x = x.masked_scatter(vision.view(-1, 1), features.to(x.dtype))
         return x
     def decoder(self, x, positions, attend):
-        """Rows x [N, D] at positions [3, N] -> [N, D] before the final norm; attend(layer, q, k, v) as in DecoderLayer."""
+        """Rows x [N, D] at positions [3, N] -> those that attend(layer, q, k, v) lets go on; the last layer is -1."""
         rope, E = self.config.text_config.rope_parameters, self.model.layers[0].E
         inv_freq = rope["rope_theta"] ** (-torch.arange(0, E, 2, device=x.device) / E)
         parts = (positions[..., None] * inv_freq).split(rope["mrope_section"], dim=-1)
         angles = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1).repeat(1, 2)  # [N, E] from t | h | w
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.model.layers, -len(self.model.layers)):
             x = self.run(layer, x, cos, sin, partial(attend, i))
         return x
     def logits(self, x):
@@ -282,27 +285,24 @@ class Qwen2VL(nn.Module):
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(self.model.norm(x), head.weight).float()
     def completion_states(self, prompts, completions):
-        """completions [B, G, C] ids -> [B*G, C, D], where row c predicts token c of its completion. The shift by one is here and
-        nowhere else; the last token predicts nothing, so only C-1 of each completion are computed."""
-        (B, P), (_, G, C), own = prompts.ids.shape, completions.shape, completions[:, :, :-1]
+        """completions [B, G, C] ids -> [B*G*C, D], where row c predicts token c of its completion. The shift by one is here and
+        nowhere else: the first row is the prompt's last token's, and the completion's own last token predicts nothing."""
+        own = torch.cat((prompts.last[:, None, None].expand(-1, completions.shape[1], 1), completions[:, :, :-1]), dim=2)
         x = torch.cat((self.embed_prompts(prompts), self.model.embed_tokens(own).flatten(0, 2)))
-        after = prompts.next_position[:, None, None] + torch.arange(C - 1, device=own.device)  # [B, 1, C-1]
-        positions = torch.cat((prompts.positions.flatten(1), after.expand_as(own).reshape(1, -1).expand(3, -1)), dim=1)
-        x = self.decoder(x, positions, PackedAttention(prompts, G, C - 1))
-        prompt, own = x[:B * P].view(B, P, -1), x[B * P:].view(B * G, C - 1, x.shape[1])
-        last = prompt[torch.arange(B, device=x.device), prompts.lengths - 1]  # [B, D] predicts the first tokens
-        return torch.cat((last.repeat_interleave(G, 0)[:, None], own), dim=1)
+        after = (prompts.last_position[:, None, None] + torch.arange(own.shape[2], device=own.device)).expand_as(own)
+        positions = torch.cat((prompts.positions.flatten(1), after.reshape(1, -1).expand(3, -1)), dim=1)
+        return self.decoder(x, positions, PackedAttention(prompts, *own.shape[1:]))
     def forward(self, prompts, completions, temperature=1.0, statistic=None):
         """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic (logits,
         log_z, targets) -> [N] of their distributions. Only completion positions get logits, 2^26 (256 MB) at a time; where that
         takes several pieces, the backward pass computes each again instead of keeping it."""
         def score(states, targets):
-            logits = self.logits(states) / temperature
-            log_z = logits.logsumexp(-1)
+            logits = self.logits(states) if temperature == 1 else self.logits(states) / temperature
+            logp = -F.cross_entropy(logits, targets, reduction="none")
             with torch.no_grad():
-                values = (statistic(logits, log_z, targets),) if statistic else ()
-            return logits.gather(1, targets[:, None])[:, 0] - log_z, *values
-        states, targets = self.completion_states(prompts, completions).flatten(0, 1), completions.flatten()
+                values = (statistic(logits, logits.gather(1, targets[:, None])[:, 0] - logp, targets),) if statistic else ()
+            return logp, *values
+        states, targets = self.completion_states(prompts, completions), completions.flatten()
         rows = max(1, 2 ** 26 // self.config.text_config.vocab_size)
         if len(targets) > rows and torch.is_grad_enabled():
             score = partial(torch.utils.checkpoint.checkpoint, score, use_reentrant=False)

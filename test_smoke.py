@@ -155,7 +155,7 @@ def test_logits_are_transformers(tiny, prompts):
     completions = random_completions(len(samples), 3, 5)
     with torch.no_grad():
         theirs = transformers_logits(hf, samples, completions)
-        ours = model.logits(model.completion_states(collate(*samples), completions).flatten(0, 1)).view_as(theirs)
+        ours = model.logits(model.completion_states(collate(*samples), completions)).view_as(theirs)
         logp = model(collate(*samples), completions, temperature=0.7)
         assert theirs.std() > 0.5  # of order 1, else equality says little
         assert (ours - theirs).abs().max() <= 1e-5
@@ -191,7 +191,7 @@ def test_greedy_decoding(tiny):
     for _ in range(12):  # the placeholder 0 stands where the next token comes
         with torch.no_grad():
             states = model.completion_states(collate(*samples), torch.cat((anew, torch.zeros(2, 1, 1).long()), 2))
-            anew = torch.cat((anew, model.logits(states[:, -1]).argmax(-1).view(2, 1, 1)), 2)
+            anew = torch.cat((anew, model.logits(states.view(2, -1, 64)[:, -1]).argmax(-1).view(2, 1, 1)), 2)
     assert ours[:, :1].tolist() == anew.tolist()
     for s, row in zip(samples, ours[:, 0].tolist()):
         hf.model.rope_deltas, nothing = None, torch.zeros(1, 1, 0, dtype=torch.long)
@@ -330,7 +330,8 @@ def test_supervised_tokens(toy):
     assert supervised == [
         ["<think>", "it moves", " up", "</think><answer>", "C", ". move", " up", "</answer>", "<|im_end|>"],
         ["<answer>", "B", "<|im_end|>"]]
-    assert tokenizer.decode(prompts.ids[0, :prompts.lengths[0]]).endswith("</answer>. <|im_end|>\n<|im_start|>assistant\n")
+    prompt = prompts.ids[0, :prompts.lengths[0] - 1].tolist() + [int(prompts.last[0])]
+    assert tokenizer.decode(prompt).endswith("</answer>. <|im_end|>\n<|im_start|>assistant\n")
 
 
 # ---- Both scripts on the toy --------------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_scripts_on_the_toy(toy, tmp_path):
     assert [p.name for p in grpo.glob("checkpoint-*")] == ["checkpoint-2"]
     ours, before = (load_model(folder, CPU, torch.float32) for folder in (grpo, sft))
     hf, tokenizer = Qwen2VLForConditionalGeneration.from_pretrained(grpo), AutoTokenizer.from_pretrained(grpo)
-    sample, completions = make_sample(ours.config, 3, CLIP, 2, STILL), torch.tensor([[tokenizer("it moves up").input_ids]])
+    sample, completions = make_sample(ours.config, 3, CLIP, 2, STILL, 2), torch.tensor([[tokenizer("it moves up").input_ids]])
     with torch.no_grad():
         new, old = (model(collate(sample), completions) for model in (ours, before))
         assert (new - transformers_logp(hf, [sample], completions)).abs().max() <= 1e-5 < (new - old).abs().max()

@@ -44,7 +44,7 @@ def test_parity_over_configs(tiny_model, changes):
     samples, completions = [make_sample(model.config, *parts) for parts in (LONG, SHORT)], random_completions(2, 2, 4)
     with torch.no_grad():
         theirs = transformers_logits(hf, samples, completions)
-        ours = model.logits(model.completion_states(collate(*samples), completions).flatten(0, 1)).view_as(theirs)
+        ours = model.logits(model.completion_states(collate(*samples), completions)).view_as(theirs)
     assert (ours - theirs).abs().max() <= 1e-5
 
 
@@ -513,7 +513,7 @@ def test_log_softmax_is_fp32(tiny_model):
     prompts, completions = collate(make_sample(model.config, *LONG)), random_completions(1, 4, 6)
     prompts.patches = prompts.patches.bfloat16()
     with torch.no_grad():
-        logits = model.logits(model.completion_states(prompts, completions).flatten(0, 1))
+        logits = model.logits(model.completion_states(prompts, completions))
         logp = model(prompts, completions)
     assert logits.dtype == logp.dtype == torch.float32
     exact = logits.double().log_softmax(-1).gather(1, completions.view(-1, 1)).view_as(logp)
@@ -557,7 +557,7 @@ def test_decoding_uses_the_cache_under_gradient_checkpointing(tiny_model):
     model.gradient_checkpointing = True
     model.decoder = lambda x, *rest: rows.append(len(x)) or decoder(x, *rest)
     assert torch.equal(generate(model, prompts, 3, 5, ENDS, [0]), free)
-    assert rows == [prompts.ids.shape[1]] + [3] * 4  # the prompt once, then one row a completion
+    assert rows == [prompts.ids.shape[1]] + [3] * 5  # the prompt once, then one row a completion, its last token first
 
 
 MASTER_WEIGHTS = """

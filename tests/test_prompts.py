@@ -328,7 +328,7 @@ def test_mrope_positions():
         [0, 1, 2, 3, 4, 3, 4, 3, 4, 3, 4, 5, 6, 7, 8, 9, 7, 8, 9, 10, 11]]
     assert g.mrope_positions(ids, [(2, 4, 4), (1, 4, 6)], config).tolist() == expected
     assert int(collate(dict(ids=torch.tensor(ids), positions=torch.tensor(expected), patches=torch.zeros(0, 1176).byte(),
-                            grids=[])).next_position) == 12
+                            grids=[])).last_position) == 11
 
 
 @pytest.mark.parametrize("grid, after", [((2, 4, 4), 3), ((1, 4, 8), 5), ((1, 8, 4), 5), ((4, 4, 4), 5), ((9, 4, 4), 10)])
