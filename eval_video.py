@@ -105,6 +105,9 @@ class Config:
     max_completion_length: int = flag(512, "tokens of a response at most, at least 1")
     batch_size: int = flag(8, "questions decoded together on a device, at least 1")
     ablate: Literal["none", "no_video", "no_image", "shuffle_frames", "text_only"] = flag("none", "what a question lacks")
+    analyze: bool = flag(False, "measure attention on vision, and whether the thinking leads to the letter (tools/analyze.py)")
+    reference: str = flag("", "folder of the model that judges the thinking for analyze; default: the model itself, blind")
+    heatmaps: int = flag(0, "pictures of the attention that analyze draws of each split, at least 0")
     compare: list[str] = flag([], "evaluated folders to print as one table; evaluates nothing")
     paper: bool = flag(False, "show the paper's numbers beside")
     max_frames: int = flag(16, "frames of a video at most, at least 2")
@@ -136,9 +139,8 @@ class Prompts(types.SimpleNamespace):
                    patches=((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype))
 
 def mrope_positions(ids, grids, config):
-    """ids (P numbers, a placeholder per merged patch) and grids of one prompt -> its M-RoPE positions [3, P]. Text has t = h = w,
-    one more each token; a vision block has its merged grid's (t, h, w) plus its start. What follows goes on at the block's
-    maximum over t, h and w, plus 1, the rule the weights were trained with (transformers leaves t out of the maximum)."""
+    """ids (P numbers, a placeholder per merged patch), grids -> M-RoPE positions [3, P]: a text token's t = h = w is the maximum
+    before it plus 1, as the weights were trained (transformers leaves t out); a vision block starts there with its (t, h, w)."""
     m, placeholders = config.vision_config.spatial_merge_size, (config.image_token_id, config.video_token_id)
     blocks, start, grids = [], 0, iter(grids)
     for vision, run in itertools.groupby(i in placeholders for i in ids):
@@ -149,8 +151,7 @@ def mrope_positions(ids, grids, config):
             n, start = n - blocks[-1].shape[1], int(blocks[-1].max()) + 1
     return torch.cat(blocks, dim=1)
 
-def rotate(x, cos, sin):
-    """Rotary embedding of x [N, heads, E] by cos and sin [N, E]."""
+def rotate(x, cos, sin):  # rotary embedding of x [N, heads, E] by cos and sin [N, E]
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
@@ -222,8 +223,7 @@ class PackedAttention:
             own = keep.new_ones(C, C).tril().expand(self.B, C, C)
             mask = torch.cat((keep[:, None].expand(self.B, C, self.P), own), dim=2)  # [B, C, P+C]
             self.mask = mask.repeat_interleave(G, 0)[:, None]
-    def split(self, z):
-        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]."""
+    def split(self, z):  # [B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]
         prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
         own = own.view(self.B * self.G, self.C, *z.shape[1:])
         return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.transpose(1, 2)
@@ -246,12 +246,10 @@ class Qwen2VL(nn.Module):
                                         norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-    def run(self, function, *inputs):
-        """function(*inputs), recomputed in the backward pass if gradient_checkpointing says so and there will be one."""
+    def run(self, function, *inputs):  # recomputed in the backward pass if gradient_checkpointing says so and there will be one
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False) if again else function(*inputs)
-    def embed_prompts(self, prompts):
-        """-> [B*P, D]: token embeddings; vision features only in the prompts' own placeholders (trap 12)."""
+    def embed_prompts(self, prompts):  # -> [B*P, D]; vision features only in the prompts' own placeholders (trap 12)
         x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
         if prompts.grids:
             features = self.visual(prompts.patches, prompts.grids, self.run)
@@ -270,8 +268,8 @@ class Qwen2VL(nn.Module):
         return x
     def logits(self, x):
         """[N, D] -> [N, V] fp32: a log-softmax in bf16 would quantise the KL (trap 8)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.model.norm(x), head.weight).float()
+        head, x = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head, self.model.norm(x)
+        return (F.linear(x, head.weight) if len(x) > 32 else (head.weight @ x.T).T).float()  # few rows: half the time on a CPU
     def completion_states(self, prompts, completions):
         """completions [B, G, C] ids -> [B*G*C, D], where row c predicts token c of its completion. The shift by one is here and
         nowhere else: the first row is the prompt's last token's, and the completion's own last token predicts nothing."""
@@ -281,9 +279,8 @@ class Qwen2VL(nn.Module):
         positions = torch.cat((prompts.positions.flatten(1), after.reshape(1, -1).expand(3, -1)), dim=1)
         return self.decoder(x, positions, PackedAttention(prompts, *own.shape[1:]))
     def forward(self, prompts, completions, temperature=1.0, statistic=None):
-        """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic (logits,
-        log_z, targets) -> [N] of their distributions. Only completion positions get logits, 2^26 (256 MB) at a time; where that
-        takes several pieces, the backward pass computes each again instead of keeping it."""
+        """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic(logits,
+        log_z, targets) -> [N]. Only their positions get logits, 2^26 (256 MB) at a time; of several pieces none is kept."""
         def score(states, targets):
             logits = self.logits(states) if temperature == 1 else self.logits(states) / temperature
             logp = -F.cross_entropy(logits, targets, reduction="none")
@@ -317,9 +314,8 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
                f"{list(wanted[name].shape) if name in wanted else 'absent'}" for name in sorted(wrong)))
     for name, empty in wanted.items():
         wanted[name] = where[name].get_tensor(name).to(device, dtype)
-        if isinstance(empty, DTensor):  # whose mesh may be on another device than the one that it stays on
-            sharded = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None)
-            wanted[name] = sharded.to(device)
+        if isinstance(empty, DTensor):  # its mesh may be on another device than the one where it stays
+            wanted[name] = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None).to(device)
     model.load_state_dict(wanted, assign=True)
     return model
 # === end shared: qwen2_vl ===
@@ -518,9 +514,8 @@ def load_batches(dataset, batches, workers):
 
 # === shared: answer — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
 def extract_answer(text, letters="ABCD"):
-    """The one letter that a response gives, or None. Read inside <answer> tags, or after the thinking where there are none:
-    a letter alone, bracketed, boxed or bold; `B. text`, `B) text`, `B: text`; `answer is B`, `Answer: B`, `option B`. A
-    letter that begins a word or stands as a word before text (`A knife`) is none; so are two letters (`A or B`; trap 11)."""
+    """The one letter that a response gives inside <answer> tags (or behind the thinking), or None: alone, bracketed, boxed, bold;
+    `B. text`, `B) text`, `B: text`; `answer is B`, `Answer: B`, `option B`. `A knife` and `A or B` give none (trap 11)."""
     if "<answer>" in text:
         answers = {extract_answer(part.partition("</answer>")[0], letters) for part in text.split("<answer>")[1:]}
         return answers.pop() if len(answers) == 1 else None
@@ -539,8 +534,7 @@ def extract_answer(text, letters="ABCD"):
             found += re.findall(one, re.sub(r"\b(?:or|and)\b", "", group))
     return found[0] if len({*found}) == 1 else None
 
-def gather_rows(rows):
-    """Every rank's list of rows, joined in rank order."""
+def gather_rows(rows):  # every rank's list of rows -> all, in rank order
     parts = [None] * WORLD
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
@@ -554,8 +548,7 @@ class KVCache:
         self.prefill = PackedAttention(prompts, G, 0)
         self.mask = None if keep is None else torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
         self.prompt, self.own, self.length = {}, {}, 0
-    def __call__(self, layer, q, k, v):
-        """The prompts' rows [B*P, heads, E] first; then, one token at a time, the completions' rows [B*G, heads, E]."""
+    def __call__(self, layer, q, k, v):  # the prompts' rows [B*P, heads, E]; then a token of each completion, [B*G, heads, E]
         if layer not in self.prompt:
             self.prompt[layer] = [self.prefill.split(z)[0].contiguous() for z in (k, v)]  # [B, K, P, E]
             self.own[layer] = [z.new_zeros(self.B * self.G, z.shape[1], self.C, z.shape[2]) for z in (k, v)]
@@ -571,11 +564,20 @@ class KVCache:
         scores = torch.cat((self.by_row(scores), q @ own_k.transpose(2, 3)), dim=-1)  # [B*G, K, R, P+n+1]
         on_prompt, on_own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((self.P, n + 1), dim=-1)
         return (self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v).flatten(1, 2)  # [B*G, H, E]
-    def by_prompt(self, z):
-        """[B*G, K, R, X] -> [B, K, G*R, X]: a group's rows side by side, to meet their prompt in one product."""
+    def compact(self, going):
+        """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts, as many as the busiest has."""
+        going = going.view(self.B, self.G)
+        kept, most = going.any(1).nonzero(), int(going.sum(1).max())  # [b, 1]
+        if 2 * len(kept) * most > going.numel():
+            return slice(None)
+        rows = (kept * self.G + going[kept[:, 0]].long().argsort(descending=True, stable=True)[:, :most]).flatten()  # [b*g]
+        self.prompt = {layer: [z[kept[:, 0]] for z in both] for layer, both in self.prompt.items()}
+        self.own = {layer: [z[rows] for z in both] for layer, both in self.own.items()}
+        self.mask, self.B, self.G = None if self.mask is None else self.mask[kept[:, 0]], len(kept), most
+        return rows
+    def by_prompt(self, z):  # [B*G, K, R, X] -> [B, K, G*R, X]: a group's rows side by side meet their prompt in one product
         return z.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
-    def by_row(self, z):
-        """[B, K, G*R, X] -> [B*G, K, R, X]."""
+    def by_row(self, z):  # [B, K, G*R, X] -> [B*G, K, R, X]
         return z.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
 
 def pick(logits, uniform, temperature, top_k, top_p):
@@ -599,24 +601,25 @@ def completion_mask(ids, end_ids):
 
 @torch.no_grad()
 def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top_p=1.0):
-    """-> G completions of each prompt, ids [B, G, c], c <= C; behind its end token a row holds end_ids[0].
-    A completion's random numbers come from its prompt's seed (one int each) and its place in the group. Sampling obeys
-    these arguments alone: generation_config.json is never read (trap 1), and the cache is always on (trap 17)."""
+    """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0]. Random numbers come from a prompt's seed
+    (an int) and the place in the group; generation_config.json is never read (trap 1), the cache is always on (trap 17)."""
     B, device, cache = len(prompts.ids), prompts.ids.device, KVCache(prompts, G, C)
-    uniform = [torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniform, ends = torch.cat(uniform).to(device), torch.tensor(end_ids, device=device)  # [B*G, C]
+    uniform = torch.cat([torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    uniform, ends = uniform.to(device), torch.tensor(end_ids, device=device)  # [B*G, C]
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
     token, position = (z.repeat_interleave(G) for z in (prompts.last, prompts.last_position))  # [B*G]
+    ended, rows = torch.zeros(B * G, dtype=torch.bool, device=device), torch.arange(B * G, device=device)
     out = torch.full((B * G, C), end_ids[0], device=device)
-    ended = torch.zeros(B * G, dtype=torch.bool, device=device)
     for t in range(C):
         cache.length = t
         x = model.decoder(model.model.embed_tokens(token), (position + t).expand(3, -1), cache)
-        token = pick(model.logits(x), uniform[:, t], temperature, top_k, top_p)
-        out[:, t] = torch.where(ended, ends[0], token)
+        token = pick(model.logits(x), uniform[rows, t], temperature, top_k, top_p)
+        out[rows, t] = torch.where(ended, ends[0], token)
         ended = ended | torch.isin(token, ends)
         if ended.all():
             break
+        stay = cache.compact(~ended)
+        rows, token, position, ended = (z[stay] for z in (rows, token, position, ended))
     return out[:, :t + 1].view(B, G, -1)
 # === end shared: sampling ===
 
@@ -680,11 +683,12 @@ def predict(model, tokenizer, samples, c):
                        end_ids, seeds, c.temperature if c.do_sample else 0.0, c.top_k, c.top_p)  # [B, K, C]
         for s, group in zip(good, ids):
             s["texts"] = [tokenizer.decode(row, skip_special_tokens=True) for row in group]  # fills are end tokens
+            s["first"] = group[0][completion_mask(group[0], end_ids)].tolist()
     for s in samples:
         texts = s.get("texts", [None])
         answers = [extract_answer(text or "", "ABCDE"[:len(s["choices"])]) for text in texts]
         predicted = max(filter(None, answers), key=answers.count, default=None)  # the majority's, the first sampled of equals
-        rows.append(dict(sample_id=s["sample_id"], response=texts[0], predicted=predicted, gold=s["gold"],
+        rows.append(dict(sample_id=s["sample_id"], response=texts[0], ids=s.get("first"), predicted=predicted, gold=s["gold"],
                          correct=predicted == s["gold"], domain=s["domain"], error=s.get("error")))
         rows[-1] |= dict(responses=texts, answers=answers) if c.num_samples > 1 else {}
     return rows
@@ -760,12 +764,11 @@ def main():
         sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root]))
     splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in c.splits}
     splits |= {"LVB": load_longvideobench(Path(c.longvideobench))} if c.longvideobench else {}
-    source, folder = find_model(c.model), Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source := find_model(c.model))
+    folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
     model = load_model(source, device, dtype)
-    weights = [hashlib.file_digest(open(file, "rb"), "sha256").digest() for file in sorted(source.glob("*.safetensors"))]
+    answers, weights = {}, [hashlib.file_digest(open(f, "rb"), "sha256").digest() for f in sorted(source.glob("*.safetensors"))]
     settings = {key: getattr(c, key) for key in DECIDING} | dict(model_sha256=hashlib.sha256(b"".join(weights)).hexdigest())
-    answers = {}
     for split, records in splits.items():
         asked = json.dumps([(r["sample_id"], r["question"], choose(r, c.seed, 0)) for r in records]).encode()
         path, done = open_split(folder, split, settings | dict(data_sha256=hashlib.sha256(asked).hexdigest()))
@@ -781,10 +784,12 @@ def main():
         answers[split] = [records[row["sample_id"]] | row for row in read_rows(path) if row["sample_id"] in records]
     if RANK == 0:
         summary = {split: tally(rows, "domain", "category") for split, rows in answers.items()}
-        text = table({str(folder): answers}, c.paper)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        (folder / "summary.md").write_text(text + "\n")
+        (folder / "summary.md").write_text((text := table({str(folder): answers}, c.paper)) + "\n")
         print(f"{text}\n{folder}/ holds predictions_<split>.jsonl, summary.json and summary.md")
+    if c.analyze:
+        from tools.analyze import analyze_all
+        analyze_all(c, answers, model, tokenizer, folder)
     if RANK == 0 and c.save_cot:
         lines = "".join(json.dumps(row) + "\n" for split in c.splits for row in cot_rows(split, answers[split], root, c))
         Path(c.save_cot).write_text(lines or fail(f"--save_cot {c.save_cot}: no right response has a </think> to learn from"))

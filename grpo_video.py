@@ -11,9 +11,8 @@ A step, in the paper's order (`main` is this list):
     reference -> log-probs of the completions under the frozen starting model
     update    -> clipped policy gradient with a k3 KL penalty, AdamW on fp32 master weights
 
-Departures from the released run, with reasons in README.md: the prompt is computed once per group; several letters or an unmarked
-one score 0; choices are shuffled by (seed, epoch, sample_id); a video that cannot be read is reported, never replaced; the KL's
-exponent is clamped only if --kl_clamp says so; no generation_config.json is ever read.
+Departures from the released run (why: README.md): the prompt is computed once per group; several letters or an unmarked one score
+0; choices are shuffled by (seed, epoch, sample_id); unreadable videos are reported, never replaced; --kl_clamp is off by default.
 
 Dimensions: B prompts, G completions of each, P prompt tokens, C completion tokens, N rows (tokens or patches), H heads, K key-value
 heads, E head width, D model width, V vocabulary, T frames.
@@ -135,6 +134,7 @@ class Config:
     dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
     decode_timeout: float = flag(60.0, "seconds after which decoding a sample is given up, above 0")
     max_bad_samples: int = flag(-1, "unreadable samples that end the run when exceeded; -1: a hundredth of the run, at least -1")
+    audit: int = flag(0, "steps of which audit.jsonl gets every quantity of the update, token by token, at least 0")
     wandb: str = flag("", "project of wandb to send the rows of metrics.jsonl to; the package is needed only then")
     logging_steps: int = flag(10, "a line on stdout every so many steps (metrics.jsonl has every step), at least 1")
     save_steps: int = flag(100, "steps between checkpoints, at least 1")
@@ -165,9 +165,8 @@ class Prompts(types.SimpleNamespace):
                    patches=((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype))
 
 def mrope_positions(ids, grids, config):
-    """ids (P numbers, a placeholder per merged patch) and grids of one prompt -> its M-RoPE positions [3, P]. Text has t = h = w,
-    one more each token; a vision block has its merged grid's (t, h, w) plus its start. What follows goes on at the block's
-    maximum over t, h and w, plus 1, the rule the weights were trained with (transformers leaves t out of the maximum)."""
+    """ids (P numbers, a placeholder per merged patch), grids -> M-RoPE positions [3, P]: a text token's t = h = w is the maximum
+    before it plus 1, as the weights were trained (transformers leaves t out); a vision block starts there with its (t, h, w)."""
     m, placeholders = config.vision_config.spatial_merge_size, (config.image_token_id, config.video_token_id)
     blocks, start, grids = [], 0, iter(grids)
     for vision, run in itertools.groupby(i in placeholders for i in ids):
@@ -178,8 +177,7 @@ def mrope_positions(ids, grids, config):
             n, start = n - blocks[-1].shape[1], int(blocks[-1].max()) + 1
     return torch.cat(blocks, dim=1)
 
-def rotate(x, cos, sin):
-    """Rotary embedding of x [N, heads, E] by cos and sin [N, E]."""
+def rotate(x, cos, sin):  # rotary embedding of x [N, heads, E] by cos and sin [N, E]
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
@@ -251,8 +249,7 @@ class PackedAttention:
             own = keep.new_ones(C, C).tril().expand(self.B, C, C)
             mask = torch.cat((keep[:, None].expand(self.B, C, self.P), own), dim=2)  # [B, C, P+C]
             self.mask = mask.repeat_interleave(G, 0)[:, None]
-    def split(self, z):
-        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]."""
+    def split(self, z):  # [B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]
         prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
         own = own.view(self.B * self.G, self.C, *z.shape[1:])
         return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.transpose(1, 2)
@@ -275,12 +272,10 @@ class Qwen2VL(nn.Module):
                                         norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-    def run(self, function, *inputs):
-        """function(*inputs), recomputed in the backward pass if gradient_checkpointing says so and there will be one."""
+    def run(self, function, *inputs):  # recomputed in the backward pass if gradient_checkpointing says so and there will be one
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False) if again else function(*inputs)
-    def embed_prompts(self, prompts):
-        """-> [B*P, D]: token embeddings; vision features only in the prompts' own placeholders (trap 12)."""
+    def embed_prompts(self, prompts):  # -> [B*P, D]; vision features only in the prompts' own placeholders (trap 12)
         x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
         if prompts.grids:
             features = self.visual(prompts.patches, prompts.grids, self.run)
@@ -299,8 +294,8 @@ class Qwen2VL(nn.Module):
         return x
     def logits(self, x):
         """[N, D] -> [N, V] fp32: a log-softmax in bf16 would quantise the KL (trap 8)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.model.norm(x), head.weight).float()
+        head, x = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head, self.model.norm(x)
+        return (F.linear(x, head.weight) if len(x) > 32 else (head.weight @ x.T).T).float()  # few rows: half the time on a CPU
     def completion_states(self, prompts, completions):
         """completions [B, G, C] ids -> [B*G*C, D], where row c predicts token c of its completion. The shift by one is here and
         nowhere else: the first row is the prompt's last token's, and the completion's own last token predicts nothing."""
@@ -310,9 +305,8 @@ class Qwen2VL(nn.Module):
         positions = torch.cat((prompts.positions.flatten(1), after.reshape(1, -1).expand(3, -1)), dim=1)
         return self.decoder(x, positions, PackedAttention(prompts, *own.shape[1:]))
     def forward(self, prompts, completions, temperature=1.0, statistic=None):
-        """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic (logits,
-        log_z, targets) -> [N] of their distributions. Only completion positions get logits, 2^26 (256 MB) at a time; where that
-        takes several pieces, the backward pass computes each again instead of keeping it."""
+        """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic(logits,
+        log_z, targets) -> [N]. Only their positions get logits, 2^26 (256 MB) at a time; of several pieces none is kept."""
         def score(states, targets):
             logits = self.logits(states) if temperature == 1 else self.logits(states) / temperature
             logp = -F.cross_entropy(logits, targets, reduction="none")
@@ -346,9 +340,8 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
                f"{list(wanted[name].shape) if name in wanted else 'absent'}" for name in sorted(wrong)))
     for name, empty in wanted.items():
         wanted[name] = where[name].get_tensor(name).to(device, dtype)
-        if isinstance(empty, DTensor):  # whose mesh may be on another device than the one that it stays on
-            sharded = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None)
-            wanted[name] = sharded.to(device)
+        if isinstance(empty, DTensor):  # its mesh may be on another device than the one where it stays
+            wanted[name] = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None).to(device)
     model.load_state_dict(wanted, assign=True)
     return model
 # === end shared: qwen2_vl ===
@@ -547,9 +540,8 @@ def load_batches(dataset, batches, workers):
 
 # === shared: answer — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
 def extract_answer(text, letters="ABCD"):
-    """The one letter that a response gives, or None. Read inside <answer> tags, or after the thinking where there are none:
-    a letter alone, bracketed, boxed or bold; `B. text`, `B) text`, `B: text`; `answer is B`, `Answer: B`, `option B`. A
-    letter that begins a word or stands as a word before text (`A knife`) is none; so are two letters (`A or B`; trap 11)."""
+    """The one letter that a response gives inside <answer> tags (or behind the thinking), or None: alone, bracketed, boxed, bold;
+    `B. text`, `B) text`, `B: text`; `answer is B`, `Answer: B`, `option B`. `A knife` and `A or B` give none (trap 11)."""
     if "<answer>" in text:
         answers = {extract_answer(part.partition("</answer>")[0], letters) for part in text.split("<answer>")[1:]}
         return answers.pop() if len(answers) == 1 else None
@@ -568,8 +560,7 @@ def extract_answer(text, letters="ABCD"):
             found += re.findall(one, re.sub(r"\b(?:or|and)\b", "", group))
     return found[0] if len({*found}) == 1 else None
 
-def gather_rows(rows):
-    """Every rank's list of rows, joined in rank order."""
+def gather_rows(rows):  # every rank's list of rows -> all, in rank order
     parts = [None] * WORLD
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
@@ -583,8 +574,7 @@ class KVCache:
         self.prefill = PackedAttention(prompts, G, 0)
         self.mask = None if keep is None else torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
         self.prompt, self.own, self.length = {}, {}, 0
-    def __call__(self, layer, q, k, v):
-        """The prompts' rows [B*P, heads, E] first; then, one token at a time, the completions' rows [B*G, heads, E]."""
+    def __call__(self, layer, q, k, v):  # the prompts' rows [B*P, heads, E]; then a token of each completion, [B*G, heads, E]
         if layer not in self.prompt:
             self.prompt[layer] = [self.prefill.split(z)[0].contiguous() for z in (k, v)]  # [B, K, P, E]
             self.own[layer] = [z.new_zeros(self.B * self.G, z.shape[1], self.C, z.shape[2]) for z in (k, v)]
@@ -600,11 +590,20 @@ class KVCache:
         scores = torch.cat((self.by_row(scores), q @ own_k.transpose(2, 3)), dim=-1)  # [B*G, K, R, P+n+1]
         on_prompt, on_own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((self.P, n + 1), dim=-1)
         return (self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v).flatten(1, 2)  # [B*G, H, E]
-    def by_prompt(self, z):
-        """[B*G, K, R, X] -> [B, K, G*R, X]: a group's rows side by side, to meet their prompt in one product."""
+    def compact(self, going):
+        """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts, as many as the busiest has."""
+        going = going.view(self.B, self.G)
+        kept, most = going.any(1).nonzero(), int(going.sum(1).max())  # [b, 1]
+        if 2 * len(kept) * most > going.numel():
+            return slice(None)
+        rows = (kept * self.G + going[kept[:, 0]].long().argsort(descending=True, stable=True)[:, :most]).flatten()  # [b*g]
+        self.prompt = {layer: [z[kept[:, 0]] for z in both] for layer, both in self.prompt.items()}
+        self.own = {layer: [z[rows] for z in both] for layer, both in self.own.items()}
+        self.mask, self.B, self.G = None if self.mask is None else self.mask[kept[:, 0]], len(kept), most
+        return rows
+    def by_prompt(self, z):  # [B*G, K, R, X] -> [B, K, G*R, X]: a group's rows side by side meet their prompt in one product
         return z.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
-    def by_row(self, z):
-        """[B, K, G*R, X] -> [B*G, K, R, X]."""
+    def by_row(self, z):  # [B, K, G*R, X] -> [B*G, K, R, X]
         return z.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
 
 def pick(logits, uniform, temperature, top_k, top_p):
@@ -628,24 +627,25 @@ def completion_mask(ids, end_ids):
 
 @torch.no_grad()
 def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top_p=1.0):
-    """-> G completions of each prompt, ids [B, G, c], c <= C; behind its end token a row holds end_ids[0].
-    A completion's random numbers come from its prompt's seed (one int each) and its place in the group. Sampling obeys
-    these arguments alone: generation_config.json is never read (trap 1), and the cache is always on (trap 17)."""
+    """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0]. Random numbers come from a prompt's seed
+    (an int) and the place in the group; generation_config.json is never read (trap 1), the cache is always on (trap 17)."""
     B, device, cache = len(prompts.ids), prompts.ids.device, KVCache(prompts, G, C)
-    uniform = [torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniform, ends = torch.cat(uniform).to(device), torch.tensor(end_ids, device=device)  # [B*G, C]
+    uniform = torch.cat([torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    uniform, ends = uniform.to(device), torch.tensor(end_ids, device=device)  # [B*G, C]
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
     token, position = (z.repeat_interleave(G) for z in (prompts.last, prompts.last_position))  # [B*G]
+    ended, rows = torch.zeros(B * G, dtype=torch.bool, device=device), torch.arange(B * G, device=device)
     out = torch.full((B * G, C), end_ids[0], device=device)
-    ended = torch.zeros(B * G, dtype=torch.bool, device=device)
     for t in range(C):
         cache.length = t
         x = model.decoder(model.model.embed_tokens(token), (position + t).expand(3, -1), cache)
-        token = pick(model.logits(x), uniform[:, t], temperature, top_k, top_p)
-        out[:, t] = torch.where(ended, ends[0], token)
+        token = pick(model.logits(x), uniform[rows, t], temperature, top_k, top_p)
+        out[rows, t] = torch.where(ended, ends[0], token)
         ended = ended | torch.isin(token, ends)
         if ended.all():
             break
+        stay = cache.compact(~ended)
+        rows, token, position, ended = (z[stay] for z in (rows, token, position, ended))
     return out[:, :t + 1].view(B, G, -1)
 # === end shared: sampling ===
 
@@ -668,8 +668,7 @@ def shard(model, device, dtype, offload=False):
             fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
     return model
 
-def gathered(tensor, dtype):
-    """A tensor as `dtype`; a sharded one whole, and on the device that computes, even if its shards are not."""
+def gathered(tensor, dtype):  # a sharded tensor whole, and on the device that computes, even if its shards are not
     tensor = tensor.detach().to(dtype)
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -688,8 +687,7 @@ def blank_sample(config):
     patches = torch.zeros(m * m, 3 * vision.temporal_patch_size * vision.patch_size ** 2, dtype=torch.uint8)
     return dict(ids=torch.tensor(ids), positions=mrope_positions(ids, [(1, m, m)], config), patches=patches, grids=[(1, m, m)])
 
-def global_sums(device, **values):
-    """{name: number} -> {name: its sum over the ranks}."""
+def global_sums(device, **values):  # {name: number} -> {name: its sum over the ranks}
     total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
     if WORLD > 1:
         dist.all_reduce(total)
@@ -710,8 +708,7 @@ def catch_signals():
         signal.signal(number, lambda number, frame: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
     return caught
 
-def append_rows(path, rows):
-    """Appends JSON lines; a number that is not finite stands as NaN or Infinity, as Python's json reads it."""
+def append_rows(path, rows):  # JSON lines; a number that is not finite stands as NaN or Infinity, as Python's json reads it
     with open(path, "a") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -737,8 +734,7 @@ def save_model(model, folder, source, dtype):
         model.config.save_pretrained(folder)
     barrier()
 
-def checkpoints(output_dir):
-    """A run's complete checkpoints, oldest first."""
+def checkpoints(output_dir):  # a run's complete ones, oldest first
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
 
 def open_run(c, config, dtype):
@@ -750,8 +746,7 @@ def open_run(c, config, dtype):
     if checkpoint and not (checkpoint in checkpoints(checkpoint.parent) and (checkpoint / "resume").is_dir()):
         fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint-<step> folder of a run; 'auto' finds the last one")
     if output_dir.is_file() or (output_dir / "metrics.jsonl").exists() and not wish and not c.overwrite_output_dir:
-        fail(f"--output_dir {output_dir} is a file or holds a run: --resume_from_checkpoint auto goes on with that, "
-             "--overwrite_output_dir begins anew")
+        fail(f"--output_dir {output_dir} is taken: --resume_from_checkpoint auto goes on, --overwrite_output_dir begins anew")
     if c.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # wandb's own folder of runs has none
         fail(f"--wandb {c.wandb}: the package is not there; `pip install wandb`")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "decord", "numpy", "pillow")}
@@ -763,7 +758,7 @@ def open_run(c, config, dtype):
         output_dir.mkdir(parents=True, exist_ok=True)
         for later in (p for p in checkpoints(output_dir) if int(p.name[11:]) > start):
             shutil.rmtree(later)
-        for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl")):
+        for log in filter(Path.exists, (output_dir / f"{name}.jsonl" for name in ("metrics", "rollouts", "audit"))):
             os.truncate(log, sum(len(line) for line in log.read_bytes().splitlines(keepends=True)
                                  if line.endswith(b"\n") and json.loads(line)["step"] <= start))
         config.save_pretrained(output_dir)
@@ -833,8 +828,7 @@ def token_weights(mask, loss_type, sequences, tokens, max_completion_length):
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / max(1, sequences)
     return mask / max(1, tokens if loss_type == "dapo" else sequences * max_completion_length)
 
-def entropy_of(logits, log_z, targets):
-    """-Σ p log p of softmax(logits); logits [N, V], log_z [N] -> [N]."""
+def entropy_of(logits, log_z, targets):  # -Σ p log p of softmax(logits); logits [N, V], log_z [N] -> [N]
     return log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(-1)
 
 def rollout_model(model, dtype):
@@ -866,8 +860,7 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
     return dict(prompts=prompts, completions=completions, mask=mask, advantages=advantages, rows=rows)
 
 def update(model, optimizer, groups, c, totals, learning_rate):
-    """num_iterations passes over the step's groups, an optimizer step each -> (loss, gradient norm) of the last pass, which also
-    leaves in each group what the log needs."""
+    """num_iterations passes over the groups, each an optimizer step -> the last one's loss and gradient norm; g gets the log's."""
     for _ in range(c.num_iterations):
         loss = 0.0
         for i, g in enumerate(groups):
@@ -882,7 +875,8 @@ def update(model, optimizer, groups, c, totals, learning_rate):
             if learns:
                 (part * WORLD).backward()  # FSDP2 averages over the ranks, which the denominators count already
             loss += float(part.detach())
-            g |= dict(kl=kl.detach(), entropy=entropy, clip_ratio=clipped)
+            g |= dict(logp=logp.detach(), kl=kl.detach(), loss=per_token.detach())
+            g |= dict(entropy=entropy, clip_ratio=clipped, weight=weights)
         loss = global_sums(g["mask"].device, loss=loss)["loss"]
         grad_norm = optimizer_step(model, optimizer, learning_rate, c.max_grad_norm, loss)
     return loss, grad_norm
@@ -892,9 +886,19 @@ def finished_rows(g):
     lengths = g["mask"].sum(-1)
     values = {key: ((g[key] * g["mask"]).sum(-1) / lengths).flatten().tolist() for key in ("kl", "entropy", "clip_ratio")}
     values |= dict(advantage=g["advantages"].flatten().tolist(), logprob_sum=(g["old_logp"] * g["mask"]).sum(-1).flatten().tolist())
+    ratios = (g["old_logp"] - g["ref_logp"]).flatten(0, 1).tolist() if "ref_logp" in g else None
     for i, x in enumerate(x for row in g["rows"] for x in row["completions"]):
         x |= {key: value[i] for key, value in values.items()}
+        x |= dict(log_ratio=[round(z, 4) for z in ratios[i][:x["length"]]]) if ratios else {}
     return g["rows"]
+
+def audit_rows(g):
+    """The group's audit.jsonl, an object a completion: lists over its C tokens, those behind its end too, where mask is false."""
+    keys = [key for key in ("mask", "logp", "old_logp", "ref_logp", "clip_ratio", "kl", "loss", "weight") if key in g]
+    columns = zip(g["completions"].flatten(0, 1).tolist(), *(g[key].flatten(0, 1).tolist() for key in keys))
+    heads = [dict(step=row["step"], sample_id=row["sample_id"], completion=i, advantage=x["advantage"])
+             for row in g["rows"] for i, x in enumerate(row["completions"])]
+    return [head | dict(zip(["ids", *keys], lists)) for head, lists in zip(heads, columns)]
 
 def rollout_metrics(rows):
     """A step's rows, of all ranks -> their means over prompts, completions or completion tokens, for metrics.jsonl."""
@@ -914,8 +918,7 @@ def main():
         sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root, c.annotations]))
     root, output_dir = Path(c.data_root), Path(c.output_dir)
     records = load_records(Path(c.annotations or root / "annotations/training_6k.jsonl"), root)
-    source = find_model(c.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source := find_model(c.model))
     end_ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     home, wrap = torch.device("cpu") if c.offload_optimizer else device, partial(shard, device=device, dtype=dtype)
     model = load_model(source, home, torch.float32, partial(wrap, offload=c.offload_optimizer))
@@ -942,9 +945,8 @@ def main():
         failed = [s for samples in micro_batches for s in samples if "error" in s]
         lap(log, "time_data", device)
         # Rollout, reward, advantage: G completions of each prompt at temperature T.
-        policy = rollout_model(model, dtype)
-        groups = [rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype) for samples in micro_batches]
-        del policy
+        groups = [rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype)
+                  for policy in [rollout_model(model, dtype)] for samples in micro_batches]
         lap(log, "time_rollout", device)
         # Reference: log π_ref of the completions.
         for g in groups if c.beta else []:
@@ -960,6 +962,7 @@ def main():
         lap(log, "time_update", device)
         # Log, and stop where going on makes no sense.
         rows = gather_rows([row for g in groups for row in finished_rows(g)])
+        audit = gather_rows([row for g in groups for row in audit_rows(g)]) if step < c.audit else []
         for s in failed:
             tqdm.write(f"step {step + 1}: sample_id {s['sample_id']} left out: {s['error']}", file=sys.stderr)
         bad_samples += int(totals["bad"])
@@ -969,6 +972,7 @@ def main():
         if RANK == 0:
             log |= rollout_metrics(rows) | dict(bad_samples=int(totals["bad"]))
             append_rows(output_dir / "rollouts.jsonl", rows)
+            append_rows(output_dir / "audit.jsonl", audit) if audit else None
             log_step(c, log)
             if (step + 1) % c.logging_steps == 0:
                 bar.set_postfix({key: f"{log[key]:.3f}" for key in ("reward", "kl", "completion_length")})

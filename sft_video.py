@@ -148,9 +148,8 @@ class Prompts(types.SimpleNamespace):
                    patches=((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype))
 
 def mrope_positions(ids, grids, config):
-    """ids (P numbers, a placeholder per merged patch) and grids of one prompt -> its M-RoPE positions [3, P]. Text has t = h = w,
-    one more each token; a vision block has its merged grid's (t, h, w) plus its start. What follows goes on at the block's
-    maximum over t, h and w, plus 1, the rule the weights were trained with (transformers leaves t out of the maximum)."""
+    """ids (P numbers, a placeholder per merged patch), grids -> M-RoPE positions [3, P]: a text token's t = h = w is the maximum
+    before it plus 1, as the weights were trained (transformers leaves t out); a vision block starts there with its (t, h, w)."""
     m, placeholders = config.vision_config.spatial_merge_size, (config.image_token_id, config.video_token_id)
     blocks, start, grids = [], 0, iter(grids)
     for vision, run in itertools.groupby(i in placeholders for i in ids):
@@ -161,8 +160,7 @@ def mrope_positions(ids, grids, config):
             n, start = n - blocks[-1].shape[1], int(blocks[-1].max()) + 1
     return torch.cat(blocks, dim=1)
 
-def rotate(x, cos, sin):
-    """Rotary embedding of x [N, heads, E] by cos and sin [N, E]."""
+def rotate(x, cos, sin):  # rotary embedding of x [N, heads, E] by cos and sin [N, E]
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
@@ -234,8 +232,7 @@ class PackedAttention:
             own = keep.new_ones(C, C).tril().expand(self.B, C, C)
             mask = torch.cat((keep[:, None].expand(self.B, C, self.P), own), dim=2)  # [B, C, P+C]
             self.mask = mask.repeat_interleave(G, 0)[:, None]
-    def split(self, z):
-        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]."""
+    def split(self, z):  # [B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]
         prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
         own = own.view(self.B * self.G, self.C, *z.shape[1:])
         return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.transpose(1, 2)
@@ -258,12 +255,10 @@ class Qwen2VL(nn.Module):
                                         norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-    def run(self, function, *inputs):
-        """function(*inputs), recomputed in the backward pass if gradient_checkpointing says so and there will be one."""
+    def run(self, function, *inputs):  # recomputed in the backward pass if gradient_checkpointing says so and there will be one
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False) if again else function(*inputs)
-    def embed_prompts(self, prompts):
-        """-> [B*P, D]: token embeddings; vision features only in the prompts' own placeholders (trap 12)."""
+    def embed_prompts(self, prompts):  # -> [B*P, D]; vision features only in the prompts' own placeholders (trap 12)
         x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
         if prompts.grids:
             features = self.visual(prompts.patches, prompts.grids, self.run)
@@ -282,8 +277,8 @@ class Qwen2VL(nn.Module):
         return x
     def logits(self, x):
         """[N, D] -> [N, V] fp32: a log-softmax in bf16 would quantise the KL (trap 8)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.model.norm(x), head.weight).float()
+        head, x = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head, self.model.norm(x)
+        return (F.linear(x, head.weight) if len(x) > 32 else (head.weight @ x.T).T).float()  # few rows: half the time on a CPU
     def completion_states(self, prompts, completions):
         """completions [B, G, C] ids -> [B*G*C, D], where row c predicts token c of its completion. The shift by one is here and
         nowhere else: the first row is the prompt's last token's, and the completion's own last token predicts nothing."""
@@ -293,9 +288,8 @@ class Qwen2VL(nn.Module):
         positions = torch.cat((prompts.positions.flatten(1), after.reshape(1, -1).expand(3, -1)), dim=1)
         return self.decoder(x, positions, PackedAttention(prompts, *own.shape[1:]))
     def forward(self, prompts, completions, temperature=1.0, statistic=None):
-        """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic (logits,
-        log_z, targets) -> [N] of their distributions. Only completion positions get logits, 2^26 (256 MB) at a time; where that
-        takes several pieces, the backward pass computes each again instead of keeping it."""
+        """-> log softmax(logits / temperature) of the completions' tokens, [B, G, C] fp32, and, if given, a statistic(logits,
+        log_z, targets) -> [N]. Only their positions get logits, 2^26 (256 MB) at a time; of several pieces none is kept."""
         def score(states, targets):
             logits = self.logits(states) if temperature == 1 else self.logits(states) / temperature
             logp = -F.cross_entropy(logits, targets, reduction="none")
@@ -329,9 +323,8 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
                f"{list(wanted[name].shape) if name in wanted else 'absent'}" for name in sorted(wrong)))
     for name, empty in wanted.items():
         wanted[name] = where[name].get_tensor(name).to(device, dtype)
-        if isinstance(empty, DTensor):  # whose mesh may be on another device than the one that it stays on
-            sharded = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None)
-            wanted[name] = sharded.to(device)
+        if isinstance(empty, DTensor):  # its mesh may be on another device than the one where it stays
+            wanted[name] = distribute_tensor(wanted[name], empty.device_mesh, empty.placements, src_data_rank=None).to(device)
     model.load_state_dict(wanted, assign=True)
     return model
 # === end shared: qwen2_vl ===
@@ -547,8 +540,7 @@ def shard(model, device, dtype, offload=False):
             fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
     return model
 
-def gathered(tensor, dtype):
-    """A tensor as `dtype`; a sharded one whole, and on the device that computes, even if its shards are not."""
+def gathered(tensor, dtype):  # a sharded tensor whole, and on the device that computes, even if its shards are not
     tensor = tensor.detach().to(dtype)
     return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -567,8 +559,7 @@ def blank_sample(config):
     patches = torch.zeros(m * m, 3 * vision.temporal_patch_size * vision.patch_size ** 2, dtype=torch.uint8)
     return dict(ids=torch.tensor(ids), positions=mrope_positions(ids, [(1, m, m)], config), patches=patches, grids=[(1, m, m)])
 
-def global_sums(device, **values):
-    """{name: number} -> {name: its sum over the ranks}."""
+def global_sums(device, **values):  # {name: number} -> {name: its sum over the ranks}
     total = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
     if WORLD > 1:
         dist.all_reduce(total)
@@ -589,8 +580,7 @@ def catch_signals():
         signal.signal(number, lambda number, frame: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
     return caught
 
-def append_rows(path, rows):
-    """Appends JSON lines; a number that is not finite stands as NaN or Infinity, as Python's json reads it."""
+def append_rows(path, rows):  # JSON lines; a number that is not finite stands as NaN or Infinity, as Python's json reads it
     with open(path, "a") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -616,8 +606,7 @@ def save_model(model, folder, source, dtype):
         model.config.save_pretrained(folder)
     barrier()
 
-def checkpoints(output_dir):
-    """A run's complete checkpoints, oldest first."""
+def checkpoints(output_dir):  # a run's complete ones, oldest first
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
 
 def open_run(c, config, dtype):
@@ -629,8 +618,7 @@ def open_run(c, config, dtype):
     if checkpoint and not (checkpoint in checkpoints(checkpoint.parent) and (checkpoint / "resume").is_dir()):
         fail(f"--resume_from_checkpoint {checkpoint}: no checkpoint-<step> folder of a run; 'auto' finds the last one")
     if output_dir.is_file() or (output_dir / "metrics.jsonl").exists() and not wish and not c.overwrite_output_dir:
-        fail(f"--output_dir {output_dir} is a file or holds a run: --resume_from_checkpoint auto goes on with that, "
-             "--overwrite_output_dir begins anew")
+        fail(f"--output_dir {output_dir} is taken: --resume_from_checkpoint auto goes on, --overwrite_output_dir begins anew")
     if c.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # wandb's own folder of runs has none
         fail(f"--wandb {c.wandb}: the package is not there; `pip install wandb`")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "decord", "numpy", "pillow")}
@@ -642,7 +630,7 @@ def open_run(c, config, dtype):
         output_dir.mkdir(parents=True, exist_ok=True)
         for later in (p for p in checkpoints(output_dir) if int(p.name[11:]) > start):
             shutil.rmtree(later)
-        for log in filter(Path.exists, (output_dir / "metrics.jsonl", output_dir / "rollouts.jsonl")):
+        for log in filter(Path.exists, (output_dir / f"{name}.jsonl" for name in ("metrics", "rollouts", "audit"))):
             os.truncate(log, sum(len(line) for line in log.read_bytes().splitlines(keepends=True)
                                  if line.endswith(b"\n") and json.loads(line)["step"] <= start))
         config.save_pretrained(output_dir)
@@ -719,8 +707,7 @@ def main():
         sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root, c.annotations]))
     root, rows = Path(c.data_root), ("training_6k", parse_record) if c.answer_only else ("training_with_cot_6k", parse_chat)
     records = load_records(Path(c.annotations or root / f"annotations/{rows[0]}.jsonl"), root, rows[1])
-    source = find_model(c.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source := find_model(c.model))
     model = load_model(source, torch.device("cpu") if c.offload_optimizer else device, torch.float32,
                        partial(shard, device=device, dtype=dtype, offload=c.offload_optimizer))
     model.gradient_checkpointing = c.gradient_checkpointing

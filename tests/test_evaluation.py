@@ -166,7 +166,7 @@ def test_summary_of_the_tiers(tmp_path, evaluate, say):
         assert len(rows) == 24 == x["total"] and x["failed"] == 0 and x["no_answer"] == 8
         right = sum(row["gold"] == "A" for row in rows if row["predicted"])
         assert x["correct"] == right == sum(row["correct"] for row in rows) > 0
-        assert set(rows[0]) == {"sample_id", "response", "predicted", "gold", "correct", "domain", "error"}
+        assert set(rows[0]) == {"sample_id", "response", "ids", "predicted", "gold", "correct", "domain", "error"}
     domains = summary(tmp_path, L3)["by_domain"]
     assert list(domains) == ["Daily life", "Hobbies", "Recreation", "Work"]
     for key in ("correct", "total", "no_answer"):

@@ -259,17 +259,39 @@ def test_rows_take_their_numbers_from_their_seed(tiny_model):
 def test_stops_at_either_end_token(tiny_model, monkeypatch, ends):
     """Behind the first end token of either kind a row holds end_ids[0] alone; decoding ends when every row has ended."""
     said = [[5, ends[1], 7, 8, 9, 9], [ends[0], 6, ends[1], 6, 9, 9], [5, 6, 7, ends[1], 9, 9], [5, 6, 7, 8, 9, ends[0]]]
-    model, steps = tiny_model()[2], iter(range(6))
-    monkeypatch.setattr(g, "pick", lambda *_: torch.tensor(said)[:rows, next(steps)])
-    a, rows = ends[0], 4
+    model, a = tiny_model()[2], ends[0]
+
+    def say(logits, uniform, *_):  # a row is known by its random numbers
+        known = [torch.rand(4 // B, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in range(B)]
+        row, t = (torch.cat(known)[None] == uniform[:, None, None]).nonzero()[:, 1:].T
+        return torch.tensor(said)[row, t]
+
+    monkeypatch.setattr(g, "pick", say)
+    B, C = 2, 9
     out = sample(model, prompts_of(model)[:2], G=2, C=9, ends=ends)
     assert out.flatten(0, 1).tolist() == [[5, ends[1], a, a, a, a], [a] * 6, [5, 6, 7, ends[1], a, a], [5, 6, 7, 8, 9, a]]
     assert g.completion_mask(out, list(ends)).sum(-1).flatten().tolist() == [2, 1, 4, 6]
-    steps, rows = iter(range(6)), 3
-    assert sample(model, prompts_of(model)[:1], G=3, C=9, ends=ends).shape == (1, 3, 4)  # the longest of these has 4
-    steps, rows = iter(range(6)), 4
+    B, said[3] = 1, said[0]
+    assert sample(model, prompts_of(model)[:1], G=4, C=9, ends=ends).shape == (1, 4, 4)  # the longest of these has 4
+    C, said[3] = 2, [5, 6, 7, 8, 9, ends[0]]
     short = sample(model, prompts_of(model)[:1], G=4, C=2, ends=ends)  # C is the limit
     assert short.tolist() == [[[5, ends[1]], [a, a], [5, 6], [5, 6]]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_finished_rows_leave_the_batch(tiny_model, monkeypatch, count):
+    """Rows that go on in a smaller batch, of fewer prompts and fewer completions each, get another's keys, mask or numbers."""
+    model, ends, sizes = tiny_model()[2], list(range(40)), []
+    samples, decoder = prompts_of(model)[:count], model.decoder
+    out = sample(model, samples, G=6, C=30, ends=ends, temperature=1.5)
+    model.decoder = lambda x, *rest: sizes.append(len(x)) or decoder(x, *rest)
+    assert torch.equal(sample(model, samples, G=6, C=30, ends=ends, temperature=1.5), out)
+    lengths = g.completion_mask(out, ends).sum(-1)
+    going = [lengths > t for t in range(out.shape[2])]  # [B, G] that need step t
+    assert all(int(x.any(1).sum() * x.sum(1).max()) <= size for x, size in zip(going, sizes[1:]))
+    assert sizes[1] == 6 * count and sizes[-1] <= sizes[1] // 2 and len({*lengths.flatten().tolist()}) > 3
+    monkeypatch.setattr(g.KVCache, "compact", lambda self, going: slice(None))
+    assert torch.equal(sample(model, samples, G=6, C=30, ends=ends, temperature=1.5), out)
 
 
 # ---- rollout --------------------------------------------------------------------------------------------------------

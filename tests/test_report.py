@@ -1,0 +1,356 @@
+"""tools/report.py: what it reads and refuses, and its page in headless Chromium, which is driven through a pipe.
+
+    apt-get install -y --no-install-recommends chromium     # else the page's tests are skipped
+    python -m pytest -q tests/test_report.py
+"""
+import base64
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import report  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = "<script>alert(1)</script></script><!--<script>\u2028\u2029&lt;<img src=x onerror=alert(2)>"
+VOCAB = ["it", "Ġmoves", "Ġup", "ä½", "ł", "å¥½", "Ċ", "<"]  # 你 is E4 BD | A0, split over tokens 3 and 4; 5 is 好 whole
+TOKENIZER = json.dumps(dict(model=dict(vocab={token: i for i, token in enumerate(VOCAB)}),
+                            added_tokens=[dict(id=100, content="<|im_end|>")]))
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def completion(text="it moves up", answer="A", **changes):
+    return dict(ids=[0, 1, 2, 100], length=4, truncated=False, text=text, reward=float(answer == "A"), answer=answer, kl=0.01234567,
+                entropy=0.5, clip_ratio=0.0, advantage=0.5, logprob_sum=-1.0, log_ratio=[0.0, -3.0, 1.0, 0.1234]) | changes
+
+
+def rollout(step, sample_id, completions, prompt="What next?"):
+    text = f"<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{prompt}\n Output the thinking process in <think> it"
+    return dict(step=step, sample_id=sample_id, prompt=text, prompt_ids_len=9, gold="A", completions=completions)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A run of 30 steps with 2 prompts each, an SFT run, an evaluation, and their data."""
+    home = tmp_path_factory.mktemp("report")
+    run, sft, evaluation, data = home / "run", home / "sft", home / "eval", home / "data"
+    write(run / "metrics.jsonl", [dict(step=i, epoch=i / 30, reward=i / 30, kl=math.nan if i == 7 else i / 100, time_data=0.1,
+                                       time_rollout=0.2, surprise=3.0) for i in range(1, 31)])
+    rows = [rollout(step, step % 4, [completion(), completion("no", "B")]) for step in range(1, 31) for _ in "12"]
+    rows[0] = rollout(1, "1", [completion(EVIL, None, ids=[7, *range(7)], log_ratio=[0.1] * 8, truncated=True, consistent=True),
+                               completion(EVIL, log_ratio=[math.nan] * 4, kl=math.inf, consistent=False)], EVIL)
+    del rows[1]["completions"][0]["log_ratio"]
+    rows[1]["completions"][0]["text"] = EVIL
+    write(run / "rollouts.jsonl", rows)
+    with open(run / "rollouts.jsonl", "a") as f:
+        f.write('{"step": 31, "sample_')  # a kill's half line
+    run_settings = dict(data_root=str(data), annotations="", model="nowhere")
+    (run / "config.json").write_text(json.dumps(dict(model_type="qwen2_vl", run=run_settings)))
+    (run / "checkpoint-20").mkdir()
+    (run / "checkpoint-20/tokenizer.json").write_text(TOKENIZER)
+    write(sft / "metrics.jsonl", [dict(step=i, loss=1 / i, token_accuracy=0.5) | (dict(eval_loss=2.0) if i % 5 == 0 else {})
+                                  for i in range(1, 11)])
+    counts = dict(accuracy=2 / 3, correct=2, total=3, failed=1, no_answer=1, ci95=[0.2, 0.9], accuracy_failed_wrong=0.5)
+    domain = counts | dict(accuracy=0.123)
+    summary = dict(validation_L3=counts | dict(by_domain={"Work": domain, EVIL: domain}, by_category={}))
+    answers = [(1, EVIL, None, None), (2, "A", "A", None), (3, "A", "A", None), (4, None, None, "unreadable")]
+    write(evaluation / "predictions_validation_L3.jsonl", [
+        dict(sample_id=i, response=text, predicted=letter, gold="A", correct=letter == "A", domain="Work", error=error)
+        for i, text, letter, error in answers])
+    write(evaluation / "analysis_validation_L3.jsonl", [dict(sample_id=2, consistent=False, p_answer=0.5)])
+    (evaluation / "summary.json").write_text(json.dumps(summary))
+    rows = [dict(sample_id=i, question=f"Question {i}?", video_source="E", current_observation_basename=f"{i}.png",
+                 **{f"choice_{letter}": f"move {letter}" for letter in "abcd"}) for i in range(5)]
+    write(data / "annotations/training_6k.jsonl", rows)
+    write(data / "annotations/validation_L3.jsonl", rows)
+    (data / "images/E").mkdir(parents=True)
+    Image.new("RGBA", (300, 200), "red").save(data / "images/E/2.png")
+    (data / "images/E/3.png").write_bytes(b"no picture")
+    (run / "frames").mkdir()
+    Image.new("RGB", (2000, 250), "blue").save(run / "frames/2.png")
+    return home
+
+
+def write_report(*args):
+    command = [sys.executable, str(ROOT / "tools/report.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def page(folders):
+    """The report about everything -> its path."""
+    done = write_report(*(folders / name for name in ("run", "sft", "eval")), "--output", folders / "all.html")
+    assert done.returncode == 0 and "2 runs, 1 evaluations, 64 prompts" in done.stdout, done
+    return folders / "all.html"
+
+
+def embedded(html, name):
+    return json.loads(html.split(f'id="{name}">')[1].split("</script>")[0])
+
+
+def test_bytes_of_tokens_are_grouped_into_characters(folders):
+    """A character split over tokens is shown whole, at the first, with the sum of their log-ratios; bytes that are no character
+    show as the replacement character; an id that the tokenizer lacks by its number; an added token as it is."""
+    tokens = report.load_tokens([folders, folders / "run/checkpoint-20"])
+    assert tokens[1] == b" moves" and tokens[6] == b"\n" and report.load_tokens([folders]) == {}
+    texts, ratios = report.pieces(tokens, [0, 3, 4, 5, 1, 100, 999], [0.1, 0.2, 0.3, math.nan, -0.12345, 0.0, 1.0])
+    assert texts == ["it", "你", "好", " moves", "<|im_end|>", "[999]"]
+    assert ratios == [0.1, 0.5, None, -0.123, 0.0, 1.0]
+    assert report.pieces(tokens, [4, 3, 0], [1.0, 2.0, 3.0]) == (["\ufffd", "\ufffd", "it"], [1.0, 2.0, 3.0])
+    assert sorted(report.BYTE.values()) == list(range(256))
+
+
+def test_data_cannot_become_markup(page):
+    """No `<` of a model's or a data set's is in the page, U+2028 and U+2029 neither, and all of it comes back from JSON."""
+    html = page.read_text()
+    assert "alert(1)<" not in html and "<img" not in html and "\u2028" not in html and "\u2029" not in html
+    assert html.count("<script>") == 1 and html.count("</script>") == html.count("<script")
+    first = embedded(html, "prompt-0")
+    assert first["question"] == EVIL.strip() and "".join(first["completions"][1]["text"]) == "it moves up<|im_end|>"
+    assert embedded(html, "prompt-1")["completions"][0]["text"] == EVIL  # no log_ratio: the text as it was logged
+    assert first["completions"][1]["kl"] is None and first["completions"][0]["kl"] == 0.01235
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")  # SVG's name is no address
+
+
+def test_pictures(page):
+    """The strip of frames and the observation are embedded, at most 140 high; a picture that cannot be read is left out."""
+    html = page.read_text()
+    assert embedded(html, "prompt-2")["pictures"] is not None and embedded(html, "prompt-4")["pictures"] is None
+    strip, image = embedded(html, f"picture-{embedded(html, 'prompt-2')['pictures']}")
+    sizes = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size for uri in (strip, image)]
+    assert sizes == [(1120, 140), (200, 133)]
+
+
+def test_pictures_have_a_limit(folders, monkeypatch):
+    """Pictures of a source's first samples alone, whatever the number of its prompts, and a note that says so."""
+    monkeypatch.setattr(report, "MAX_PICTURED", 1)
+    page = report.Report(folders / "data")
+    page.add_source("a run", folders / "data/annotations/training_6k.jsonl")
+    page.records = {i: dict(video_source="E", current_observation_basename="2.png") for i in "12"}
+    assert [page.picture(folders, i) for i in "1212"] == [0, None, 0, None]
+    assert page.notes == ["a run: pictures of the first 1 samples alone"]
+
+
+def test_default_output_and_missing_data(folders, tmp_path):
+    """Without --output the page is in the first folder; without the data it has notes in place of pictures."""
+    shutil.copytree(folders / "eval", tmp_path / "eval")
+    done = write_report(tmp_path / "eval", "--data_root", tmp_path / "nowhere")
+    assert done.returncode == 0, done
+    notes = embedded((tmp_path / "eval/report.html").read_text(), "page")["notes"]
+    assert len(notes) == 1 and "nowhere/annotations/validation_L3.jsonl; --data_root says where" in notes[0]
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("other.txt", "", "{0}: no metrics.jsonl, as a training run's folder has, and no summary.json, as an evaluation's has"),
+    ("metrics.jsonl", '{"step": 1}\n{"step": \n{"step": 3}\n', "{0}/metrics.jsonl:2: JSONDecodeError"),
+    ("metrics.jsonl", '{"reward": 1}\n', "{0}/metrics.jsonl:1: KeyError: 'step'"),
+    ("metrics.jsonl", "[1]\n", "{0}/metrics.jsonl:1: AttributeError"),
+    ("rollouts.jsonl", '{"step": 1}\n', "{0}/rollouts.jsonl:1: KeyError: 'completions'"),
+    ("summary.json", "{", "{0}/summary.json: JSONDecodeError"),
+    ("summary.json", '{"L1": {}}', "{0}/summary.json: KeyError: 'by_domain'")])
+def test_bad_input(tmp_path, file, content, message):
+    """Exit code 2 and one line that names the folder, or the file and its line."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if file == "rollouts.jsonl":
+        write(folder / "metrics.jsonl", [])
+        run = dict(data_root="nowhere", annotations="", model="nowhere")
+        (folder / "config.json").write_text(json.dumps(dict(run=run)))
+    (folder / file).write_text(content)
+    done = write_report(folder)
+    assert done.returncode == 2 and not (folder / "report.html").exists()
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("report.py: error: " + message.format(folder)), done.stderr
+
+
+class Browser:
+    """Headless Chromium. Its --remote-debugging-pipe reads commands from file 3 and writes answers and events to file 4, each JSON
+    with a zero byte behind it. browser("Domain.method", **params) -> result."""
+    def __init__(self, profile):
+        (commands, self.commands), (self.answers, answers) = os.pipe(), os.pipe()
+        command = ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', CHROMIUM, "--headless=new", "--no-sandbox",
+                   "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}",
+                   "--window-size=1280,1600"]
+        self.process = subprocess.Popen(command, pass_fds=(commands, answers), stderr=subprocess.DEVNULL)
+        os.close(commands)
+        os.close(answers)
+        self.buffer, self.events, self.number, self.session = b"", [], 0, {}
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = dict(sessionId=self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def message(self):
+        while b"\0" not in self.buffer:
+            self.buffer += os.read(self.answers, 1 << 20) or pytest.fail("chromium has left")
+        message, self.buffer = self.buffer.split(b"\0", 1)
+        return json.loads(message)
+
+    def __call__(self, method, **params):
+        self.number += 1
+        os.write(self.commands, json.dumps(dict(id=self.number, method=method, params=params) | self.session).encode() + b"\0")
+        while (message := self.message()).get("id") != self.number:
+            self.events.append(message)
+        assert "error" not in message, (method, message)
+        return message["result"]
+
+    def js(self, expression):
+        """The value of an expression in the page."""
+        result = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def open(self, path, fragment=""):
+        """Opens a file and waits until it is loaded and drawn -> seconds."""
+        self("Page.navigate", url="about:blank")  # else another fragment of the same file is no new page
+        self.events, start = [], time.perf_counter()
+        self("Page.navigate", url=path.as_uri() + fragment)
+        while self.js("document.readyState + location.protocol") != "completefile:":
+            time.sleep(0.01)
+        self.js("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        return time.perf_counter() - start
+
+    def faults(self):
+        """Exceptions, console errors, refusals by the page's policy, and requests for anything but the file and its pictures."""
+        bad = [e for e in self.events if e["method"] == "Runtime.exceptionThrown" or e["method"] == "Log.entryAdded"
+               or e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "assert")]
+        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        return bad + [url for url in asked if not url.startswith(("file:", "data:"))]
+
+    def texts(self, selector):
+        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(node => node.textContent)")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH; on Debian: apt-get install -y chromium")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.session = {}
+    browser("Browser.close")
+    browser.process.wait(20)
+
+
+def test_page_opens_without_errors(browser, page):
+    """Everything is there: a chart for each metric, the table's numbers as summary.json has them, prompts, and the notes."""
+    browser.open(page)
+    assert browser.faults() == []
+    titles = " ".join(browser.texts(".charts h3"))
+    assert all(name in titles for name in ("Reward", "KL", "time_rollout", "Held-out loss", "Token accuracy", "surprise"))
+    assert browser.texts("th")[:3] == ["", "L3", "L3 Work"]
+    [cell, *_] = browser.texts("td")
+    assert cell == "66.7 (20–90)2 of 3 right1 failed, 1 no answeraccuracy_failed_wrong 50.0 (20–90)"
+    assert browser.texts("#count") == ["prompts 1–20 of 64"] and len(browser.texts("article")) == 20
+    assert any("log_ratio" in note for note in browser.texts("#notes li"))
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_script_shows_as_text(browser, page):
+    """A completion, a question and a domain that say <script> or <img onerror> are words on the page; nothing of them runs."""
+    browser.open(page, "#step=1")
+    assert EVIL in browser.texts(".card .text")
+    assert browser.texts(".asked .text")[0] == EVIL.strip() and f"L3 {EVIL}" in browser.texts("th")
+    assert browser.js("document.querySelectorAll('article script, article img[src=x], th img').length") == 0
+    assert browser.texts("article")[0].count("<it moves up你好\n") == 1
+    assert browser.faults() == []
+
+
+def test_tokens_are_coloured(browser, page):
+    browser.open(page, "#step=2")
+    spans = browser.js("[...document.querySelector('.card .text').children].map(s => [s.textContent, s.title, s.style.background])")
+    assert [text for text, _, _ in spans] == ["it", " moves", " up", "<|im_end|>"]
+    assert [title for _, title, _ in spans] == [f"log-ratio {ratio}" for ratio in ("0", "-3", "1", "0.123")]
+    assert "--less" in spans[1][2] and "0.6" in spans[1][2] and "--more" in spans[2][2] and "0.3" in spans[2][2]
+
+
+@pytest.mark.parametrize("state, count", [
+    ("step=3", 2), ("step=3-5", 6), ("step=29-", 4), ("sample_id=2", 17), ("answer=right", 62), ("answer=wrong", 61),
+    ("truncated=yes", 1), ("truncated=no", 63), ("consistent=yes", 1), ("consistent=no", 2), ("truncated=yes&answer=right", 0),
+    ("source=eval&answer=wrong", 1), ("step=3&answer=right&sample_id=3", 2), ("step=99", 0)])
+def test_filters(browser, page, state, count):
+    """Over the whole set, all at once; a completion meets all that is asked of it. The form shows what the address asks for."""
+    state = state.replace("source=eval", f"source={page.parent}/eval validation_L3")
+    browser.open(page, "#" + state.replace(" ", "%20"))
+    [shown] = browser.texts("#count")
+    assert shown == (f"prompts 1–{min(20, count)} of {count}" if count else "no such prompt")
+    values = dict(browser.js("[...new FormData(document.forms[0])].filter(([, value]) => value)"))
+    assert values == dict(part.split("=") for part in state.split("&")) and browser.faults() == []
+
+
+def test_form_and_pages(browser, page):
+    """Next and previous turn pages; what is typed and chosen in the form filters, from the first page, and is in the address."""
+    browser.open(page)
+    browser.js("document.querySelector('#next').click()")
+    assert browser.texts("#count") == ["prompts 21–40 of 64"]
+    browser.js("document.forms[0].elements.sample_id.focus()")
+    browser("Input.insertText", text="2")
+    browser.js("new Promise(done => setTimeout(done, 50))")
+    assert browser.texts("#count") == ["prompts 1–17 of 17"] and browser.js("location.hash") == "#sample_id=2"
+    assert browser.js("document.querySelector('#previous').disabled && document.querySelector('#next').disabled")
+    assert browser.js("document.querySelectorAll('article img').length") > 2 and browser.faults() == []
+    assert browser.js("[...document.images].every(image => image.naturalWidth > 0)")
+
+
+def test_hover_reads_out_every_chart(browser, page):
+    """Mouse, arrow keys and address show the nearest step's values in all charts; when the mouse has left, the last step's."""
+    def reading(title):
+        return next(text for text in browser.texts(".charts .card") if text.startswith(title))
+    browser.open(page, "#hover=12")
+    assert "step 12" in reading("Reward") and "0.4" in reading("Reward") and "0.12" in reading("KL")
+    assert "step 10" in reading("Held-out")  # its last
+    box = browser.js("document.querySelector('.charts svg').getBoundingClientRect().toJSON()")
+    x = box["x"] + box["width"] * (56 + (354 - 56) * 6 / 29) / 360  # of step 7 in a plot from 56 to 354 of 360, steps 1 to 30
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=box["y"] + box["height"] / 2)
+    assert "step 7" in reading("Reward") and "0.2333" in reading("Reward") and "not finite" in reading("KL")
+    assert browser.js("document.querySelector('.charts svg line').getAttribute('visibility')") == "visible"
+    browser.js("document.querySelector('.charts svg').focus()")
+    browser("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    assert "step 8" in reading("Reward")
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
+    assert "step 30" in reading("Reward") and browser.faults() == []
+
+
+@pytest.mark.parametrize("scheme, background", [("light", (247, 247, 245)), ("dark", (20, 23, 26))])
+def test_screenshot(browser, page, tmp_path, scheme, background):
+    """The page is drawn, in the colours that the system prefers: a picture with its background and much beside it."""
+    browser("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
+    browser.open(page)
+    path = tmp_path / f"{scheme}.png"
+    path.write_bytes(base64.b64decode(browser("Page.captureScreenshot")["data"]))
+    colours = sorted(Image.open(path).convert("RGB").getcolors(1 << 24), reverse=True)
+    share = colours[0][0] / sum(count for count, _ in colours)
+    assert colours[0][1] == background or colours[1][1] == background  # the page's, or the cards' on it
+    assert len(colours) > 100 and 0.2 < share < 0.98
+
+
+def test_ten_thousand_rollouts_open_in_3_seconds(browser, tmp_path):
+    """10,000 prompts with 8 completions each: from the click until the first page is drawn, and again for a filter over all."""
+    write(tmp_path / "metrics.jsonl", [dict(step=i, reward=0.5) for i in range(1, 1251)])
+    group = [completion(ids=[0, 1, 2] * 4, log_ratio=[0.1, -0.2, 0.3] * 4), completion("no", "B")] * 4
+    with open(tmp_path / "rollouts.jsonl", "w") as f:
+        tail = json.dumps(rollout(0, 0, group))[len('{"step": 0, "sample_id": 0'):]
+        f.writelines(f'{{"step": {i // 8 + 1}, "sample_id": {i}{tail}\n' for i in range(10_000))
+    run = dict(data_root="nowhere", annotations="", model="nowhere")
+    (tmp_path / "config.json").write_text(json.dumps(dict(run=run)))
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    assert write_report(tmp_path).returncode == 0
+    seconds = browser.open(tmp_path / "report.html")
+    assert browser.texts("#count") == ["prompts 1–20 of 10000"] and browser.faults() == []
+    assert seconds < 3
+    start = time.perf_counter()
+    browser.js("location.replace('#step=1250&answer=right'), new Promise(done => addEventListener('hashchange', done))")
+    assert browser.texts("#count") == ["prompts 1–8 of 8"] and time.perf_counter() - start < 1
