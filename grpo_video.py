@@ -436,8 +436,8 @@ def read_media(kind, path, size, fps, max_frames):
     reader = decord.VideoReader(str(path), num_threads=1)
     indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-    if frames.shape[2:] != (size, size):
-        frames = F.interpolate(frames.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+    resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
+    frames = torch.cat([resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)])  # one by one: less memory
     return frames.permute(0, 2, 3, 1)
 
 def to_patches(frames, vision):
@@ -875,7 +875,7 @@ def update(model, optimizer, groups, c, totals, learning_rate):
             if learns:
                 (part * WORLD).backward()  # FSDP2 averages over the ranks, which the denominators count already
             loss += float(part.detach())
-            g |= dict(logp=logp.detach(), kl=kl.detach(), loss=per_token.detach())
+            g |= dict(logp=logp.detach(), ratio=torch.exp(logp - old_logp).detach(), kl=kl.detach(), loss=per_token.detach())
             g |= dict(entropy=entropy, clip_ratio=clipped, weight=weights)
         loss = global_sums(g["mask"].device, loss=loss)["loss"]
         grad_norm = optimizer_step(model, optimizer, learning_rate, c.max_grad_norm, loss)
@@ -894,7 +894,7 @@ def finished_rows(g):
 
 def audit_rows(g):
     """The group's audit.jsonl, an object a completion: lists over its C tokens, those behind its end too, where mask is false."""
-    keys = [key for key in ("mask", "logp", "old_logp", "ref_logp", "clip_ratio", "kl", "loss", "weight") if key in g]
+    keys = [key for key in ("mask", "logp", "old_logp", "ref_logp", "ratio", "clip_ratio", "kl", "loss", "weight") if key in g]
     columns = zip(g["completions"].flatten(0, 1).tolist(), *(g[key].flatten(0, 1).tolist() for key in keys))
     heads = [dict(step=row["step"], sample_id=row["sample_id"], completion=i, advantage=x["advantage"])
              for row in g["rows"] for i, x in enumerate(row["completions"])]

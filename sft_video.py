@@ -419,8 +419,8 @@ def read_media(kind, path, size, fps, max_frames):
     reader = decord.VideoReader(str(path), num_threads=1)
     indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-    if frames.shape[2:] != (size, size):
-        frames = F.interpolate(frames.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+    resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
+    frames = torch.cat([resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)])  # one by one: less memory
     return frames.permute(0, 2, 3, 1)
 
 def to_patches(frames, vision):

@@ -2,11 +2,15 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tools import frames
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +42,7 @@ def step_loss(completions, beta, epsilon, loss_type, max_length):
             kl = math.exp(d) - d - 1
             weight = {"grpo": 1 / sum(x["mask"]) / len(completions), "dapo": 1 / tokens,
                       "dr_grpo": 1 / (len(completions) * max_length)}[loss_type]
+            assert ratio == pytest.approx(x["ratio"][t], abs=1e-6)
             assert policy == pytest.approx(x["loss"][t], abs=1e-6) and weight == pytest.approx(x["weight"][t], abs=1e-9)
             assert not beta or kl == pytest.approx(x["kl"][t], abs=1e-6)
             assert x["clip_ratio"][t] == (ratio != clipped and (ratio > clipped) == (x["advantage"] > 0) and x["advantage"] != 0)
@@ -48,7 +53,7 @@ def step_loss(completions, beta, epsilon, loss_type, max_length):
 @pytest.mark.parametrize("loss_type, beta, more", [
     ("grpo", 0.5, []), ("dapo", 0.0, ["--num_iterations", "3", "--learning_rate", "3e-2"]),
     ("dr_grpo", 0.2, ["--num_iterations", "2", "--learning_rate", "1e-2", "--gradient_accumulation_steps", "2"])])
-def test_a_loss_by_calculator(toy, tmp_path, loss_type, beta, more):
+def test_a_loss_by_calculator(toy, tmp_path, monkeypatch, loss_type, beta, more):
     """audit.jsonl tells the loss of metrics.jsonl to 1e-6: each completion once, masks, ratios, clips, KL, advantages, weights; and
     no more steps than asked for."""
     done = subprocess.run([
@@ -73,6 +78,38 @@ def test_a_loss_by_calculator(toy, tmp_path, loss_type, beta, more):
         assert len({x["advantage"] for x in mine}) > 3
         assert step_loss(mine, beta, 0.2, loss_type, 8) == pytest.approx(log[step - 1]["loss"], abs=1e-6)
     assert any(any(x["clip_ratio"]) for x in audit) == ("--num_iterations" in more)
+    monkeypatch.setattr(sys, "argv", ["frames.py", str(tmp_path / "run"), "--samples", "3"])
+    frames.main()  # the report's strips: four frames side by side, of the run's own samples that have a video
+    strips = {p.stem: Image.open(p).size for p in (tmp_path / "run/frames").iterdir()}
+    assert strips and set(strips) <= {str(row["sample_id"]) for row in rollouts} and set(strips.values()) == {(4 * 56, 56)}
+
+
+def test_the_readmes_step(tmp_path):
+    """README section 10's numbers are those of a fresh run of its command."""
+    text = (ROOT / "README.md").read_text().partition("## 10. Auditing a step")[2]
+    flags = re.search(r"python grpo_video.py (--toy .*) --output_dir", text)[1].split()
+    done = subprocess.run([sys.executable, ROOT / "grpo_video.py", *flags, "--output_dir", tmp_path / "run"],
+                          env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    audit, log = (rows(tmp_path / f"run/{name}.jsonl") for name in ("audit", "metrics"))
+    step, sample = map(int, re.search(r"In step (\d+), sample (\d+)", text).groups())
+    rewards = [float(z) for z in re.search(r"has rewards ([\d, ]+):", text)[1].split(", ")]
+    group = [x for x in audit if x["step"] == step and x["sample_id"] == sample]
+    right, wrong = max(x["advantage"] for x in group), min(x["advantage"] for x in group)
+    assert [x["advantage"] == right for x in group] == [bool(reward) for reward in rewards]
+    assert f"advantage is (1 − 0.375) / (0.5175 + 0.0001) = {right:.4f}, a wrong one's −{-wrong:.4f}." in text
+    x = group[int(re.search(r"Its completion (\d+) is right", text)[1])]
+    cells = [[z.strip() for z in line.split(" | ")[2:]] for line in re.findall(r"^\| \d+ \| `.*(?= \|$)", text, re.M)]
+    assert len(cells) == sum(x["mask"]) == 9 and x["advantage"] == right
+    for t, row in enumerate(cells):
+        logp, ref_logp, d, kl, loss, weight = map(float, row)
+        said = dict(logp=logp, ref_logp=ref_logp, kl=kl, loss=loss, weight=weight)
+        assert {key: x[key][t] for key in said} == pytest.approx(said, abs=2e-3) and weight == pytest.approx(x["weight"][t], abs=1e-6)
+        assert x["ref_logp"][t] - x["logp"][t] == pytest.approx(d, abs=2e-3)
+    mine = [x for x in audit if x["step"] == step]
+    kl = sum(w * k for x in mine for w, k, counts in zip(x["weight"], x["kl"], x["mask"]) if counts)
+    assert len(mine) == 128 and f"Σ weight × KL = {kl:.5f}" in text and f"= {log[step - 1]['loss']:.7f}, the `loss`" in text
+    assert step_loss(mine, 0.01, 0.2, "grpo", 24) == pytest.approx(log[step - 1]["loss"], abs=1e-6)
 
 
 def test_analyze_through_the_script(toy, tmp_path):

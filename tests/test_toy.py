@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,12 +17,15 @@ def test_the_comparison(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    run("grpo_video.py", "--toy", "--output_dir", tmp_path / "grpo")
-    run("sft_video.py", "--toy", "--output_dir", tmp_path / "sft")
-    models = dict(base=ROOT / "toy/model", sft=tmp_path / "sft", grpo=tmp_path / "grpo")
-    for name, model in models.items():
-        run("eval_video.py", "--toy", "--model", model, "--output_dir", tmp_path / f"eval-{name}")
-    print(table := run("eval_video.py", "--compare", *(tmp_path / f"eval-{name}" for name in models)))
+    if not (ROOT / "toy/model").exists():
+        run("toy/make_toy.py")
+    models = dict(grpo=tmp_path / "grpo", sft=tmp_path / "sft", base=ROOT / "toy/model")
+    evaluate = [("eval_video.py", "--toy", "--model", model, "--output_dir", tmp_path / f"eval-{n}") for n, model in models.items()]
+    train = [(f"{name}_video.py", "--toy", "--output_dir", models[name]) for name in ("grpo", "sft")]
+    with ThreadPoolExecutor(2) as pool:  # one thread each: two at a time
+        list(pool.map(lambda command: run(*command), train))
+        list(pool.map(lambda command: run(*command), evaluate))
+    print(table := run("eval_video.py", "--compare", *(tmp_path / f"eval-{name}" for name in ("base", "sft", "grpo"))))
 
     reward = [json.loads(line)["reward"] for line in open(tmp_path / "grpo/metrics.jsonl")]
     assert sum(reward[:10]) / 10 < 0.4 and sum(reward[-10:]) / 10 >= 0.75

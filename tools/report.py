@@ -185,7 +185,7 @@ class Report:
             column.append(value)
 
     def picture(self, folder, sample_id):
-        """-> the number of the sample's embedded pictures: its strip of frames, if an audit wrote one, and its observation."""
+        """-> the number of the sample's embedded pictures: its strip of frames, if tools/frames.py wrote one, and its observation."""
         key, asked = (folder, sample_id), self.records.get(sample_id, {})
         if key not in self.pictures and self.room:
             uris = thumbnail(folder / "frames", f"{sample_id}.png", (1600, 140)) + thumbnail(
