@@ -246,9 +246,9 @@ def print_bounds(model, case, rows, device, dtype):
     with torch.no_grad():
         prefill = fastest(lambda: g.generate(model, case.prompts, G, 1, [case.V], [0]), device)
     decoding = next(row["seconds"] for row in rows if row["phase"] == ROLLOUT) - prefill
-    pairs = layers * D * (P * P / 2 + G * (C - 1) * (P + C / 2))  # of a query and a key, times the width
+    pairs = layers * D * (P * P / 2 + G * C * (P + C / 2))  # of a query and a key, times the width
     slices = model.visual.c.depth * model.visual.c.embed_dim * sum(t * (h * w) ** 2 for t, h, w in case.prompts.grids)
-    products = text * (P + G * (C - 1)) + head * G * C + 2 * (pairs + slices)
+    products = text * (P - 1 + G * C) + head * G * C + 2 * (pairs + slices)
     products += (tower - 0.75 * merger) * len(case.prompts.patches)  # four patches make a row of the merger's
     ours = next(row["seconds"] for row in rows if row["phase"] == POLICY)
     print(f"\nDecoding: {1000 * decoding / (C - 1):.2f} ms a token behind a prefill of {1000 * prefill:.0f} ms; the bound is "
@@ -265,7 +265,7 @@ def print_sweep(results):
     for (P, G, C), rows in results.items():
         seconds = {(row["phase"], row["way"]): row["seconds"] for row in rows}
         cells = [seconds.get(key) for key in itertools.product([*PHASES, "step"], ways) if key[0] == "step" or key[1] == "ours"]
-        print(f"| {P}:{G}:{C} | {P + G * (C - 1)} |", " | ".join("not run" if z is None else f"{z:.3g}" for z in cells), "|")
+        print(f"| {P}:{G}:{C} | {P - 1 + G * C} |", " | ".join("not run" if z is None else f"{z:.3g}" for z in cells), "|")
         for way in ways:
             if (P, G, C) in SWEEP["G"] and math.isfinite(z := seconds.get(("step", way), math.inf)):
                 steps[way][G] = z

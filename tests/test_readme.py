@@ -224,7 +224,7 @@ def test_memory():
             f"{always + totals['update']:.2f} in the update**") in README
     for expression, given in re.findall(r"`([^`]+)` bytes = ([\d.]+) GiB", README):
         assert f"{eval(expression, shapes) / 2 ** 30:.1f}" == given, expression
-    assert f"900 + 8 × 255 = {shapes['rows']:,} text rows" in README and f"8 × 1,155 = {8 * (900 + 255):,}" in README
+    assert f"899 + 8 × 256 = {shapes['rows']:,} text rows" in README and f"8 × 1,155 = {8 * (900 + 255):,}" in README
 
 
 def test_metrics_glossary():
