@@ -63,10 +63,10 @@ def parse_config(config_class, toy_presets, argv=None):
 def set_up(toy):
     """-> this rank's device and the type to compute in. Makes the process group; with --toy, rank 0 builds a missing toy."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    torch.cuda.set_device(device) if device.type == "cuda" else None
+    store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]  # torchrun's holds a dead try's addresses still
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                            store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
     torch.set_num_threads(1 if toy else torch.get_num_threads())  # the toy's matrices are too small to share
     if toy and RANK == 0 and not (HERE / "toy/model").exists() and subprocess.call([sys.executable, HERE / "toy/make_toy.py"]):
         fail(f"--toy: {HERE}/toy/make_toy.py, which stands beside this script in its repository, did not build the toy")

@@ -124,7 +124,8 @@ def test_a_signal_saves_and_leaves(toy, tmp_path, number, code):
 
 def test_a_rank_that_dies_is_restarted(toy, tmp_path):
     """Under torchrun --max_restarts a killed rank brings the run back from its last checkpoint by itself: the weights are the
-    unbroken run's."""
+    unbroken run's. torchrun keeps its store through a restart, so without a prefix of its own the new try could read the dead
+    ranks' addresses there and wait for them for ever, about one time in three."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = ["--max_steps", "12", "--save_steps", "2"]
     unbroken = start(toy, "grpo_video.py", whole, *flags, ranks=2)
