@@ -593,13 +593,13 @@ class KVCache:
     def compact(self, going):
         """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts, as many as the busiest has."""
         going = going.view(self.B, self.G)
-        kept, most = going.any(1).nonzero(), int(going.sum(1).max())  # [b, 1]
+        kept, most = going.any(1).nonzero()[:, 0], int(going.sum(1).max())  # [b]
         if 2 * len(kept) * most > going.numel():
             return slice(None)
-        rows = (kept * self.G + going[kept[:, 0]].long().argsort(descending=True, stable=True)[:, :most]).flatten()  # [b*g]
-        self.prompt = {layer: [z[kept[:, 0]] for z in both] for layer, both in self.prompt.items()}
+        rows = (kept[:, None] * self.G + going[kept].long().argsort(descending=True, stable=True)[:, :most]).flatten()  # [b*g]
+        self.prompt = {layer: [z[kept] for z in both] for layer, both in self.prompt.items()}
         self.own = {layer: [z[rows] for z in both] for layer, both in self.own.items()}
-        self.mask, self.B, self.G = None if self.mask is None else self.mask[kept[:, 0]], len(kept), most
+        self.mask, self.B, self.G = None if self.mask is None else self.mask[kept], len(kept), most
         return rows
     def by_prompt(self, z):  # [B*G, K, R, X] -> [B, K, G*R, X]: a group's rows side by side meet their prompt in one product
         return z.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
@@ -996,4 +996,4 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, SafetensorError, dcp.CheckpointException) as error:  # a full disk, for one; the last checkpoint is whole
-        sys.exit(f"rank {RANK}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        sys.exit(f"rank {RANK}: {type(error).__name__}: {str(error).rstrip().rpartition(chr(10))[2]}")

@@ -705,8 +705,9 @@ def main():
     device, dtype = set_up(c.toy)
     if c.validate:
         sys.exit(RANK == 0 and subprocess.call([sys.executable, HERE / "tools/validate.py", c.data_root, c.annotations]))
-    root, rows = Path(c.data_root), ("training_6k", parse_record) if c.answer_only else ("training_with_cot_6k", parse_chat)
-    records = load_records(Path(c.annotations or root / f"annotations/{rows[0]}.jsonl"), root, rows[1])
+    root, name = Path(c.data_root), "training_6k" if c.answer_only else "training_with_cot_6k"
+    parse = parse_record if c.answer_only else parse_chat
+    records = load_records(Path(c.annotations or root / f"annotations/{name}.jsonl"), root, parse)
     tokenizer = AutoTokenizer.from_pretrained(source := find_model(c.model))
     model = load_model(source, torch.device("cpu") if c.offload_optimizer else device, torch.float32,
                        partial(shard, device=device, dtype=dtype, offload=c.offload_optimizer))
@@ -783,4 +784,4 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, SafetensorError, dcp.CheckpointException) as error:  # a full disk, for one; the last checkpoint is whole
-        sys.exit(f"rank {RANK}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        sys.exit(f"rank {RANK}: {type(error).__name__}: {str(error).rstrip().rpartition(chr(10))[2]}")
