@@ -2,12 +2,15 @@
 
     python benchmarks/input_pipeline.py                               # on a clip it makes: 1080p, 30 s, 30 fps, H.264
     python benchmarks/input_pipeline.py --video FILE --step_seconds 9 # your own; is a step of 9 s kept waiting?
+    python benchmarks/input_pipeline.py --train 12                    # and 12 steps of grpo_video.py on it: time_data in them
 
 The clip needs PyAV (`pip install av`), which the scripts do not. The tokenizer and the configuration are the toy's.
 Tables: where a sample's time goes; samples a second through VideoDataset and load_batches, by number of workers; other ways to
 decode and to resize the same frames, and how far their pixels are off. Times are medians; torch has one thread, as in the workers.
+--train runs grpo_video.py with its defaults on a random model of 26M parameters, whose steps are short as the paper's are not: what
+it keeps from waiting, a larger one does too.
 """
-import argparse, statistics, sys, tempfile, time
+import argparse, json, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import decord
@@ -15,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,10 +83,31 @@ def ways_to_resize(frames, size):
         return F.interpolate(z, (size, size), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
 
     frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return {"resize in fp32 (read_media)": lambda: resize(frames.float()).round().clamp(0, 255).byte(),
-            "resize in fp32, frame by frame": lambda: torch.cat(
+    return {"resize in fp32, frame by frame (read_media)": lambda: torch.cat(
                 [resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)]),
+            "resize in fp32, all at once": lambda: resize(frames.float()).round().clamp(0, 255).byte(),
             "resize in uint8": lambda: resize(frames)}
+
+def train(folder, video, image, steps):
+    """Runs grpo_video.py for so many steps on the clip, at its defaults -> the rows of its metrics.jsonl."""
+    shutil.copytree(ROOT / "toy/model", folder / "model")
+    config = json.loads((file := folder / "model/config.json").read_text())
+    config |= dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408)
+    config["rope_scaling"]["mrope_section"] = [8, 12, 12]
+    config["vision_config"] |= dict(depth=4, embed_dim=320, hidden_size=512)
+    file.write_text(json.dumps(config))
+    Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(folder / "model")).save_pretrained(folder / "model")
+    for source in (video, image):
+        (home := folder / "data" / ("videos" if source is video else "images") / "clip").mkdir(parents=True)
+        shutil.copy(source, home)
+    (folder / "data/annotations").mkdir()
+    row = dict(question="What comes next?", golden_choice_idx="A", video_source="clip", video_basename=video.name,
+               current_observation_basename=image.name, task_progress_metadata=[0], **{f"choice_{z}": z for z in "abcd"})
+    lines = (json.dumps(row | dict(sample_id=i)) + "\n" for i in range(steps))
+    (folder / "data/annotations/training_6k.jsonl").write_text("".join(lines))
+    subprocess.run([sys.executable, ROOT / "grpo_video.py", "--model", folder / "model", "--data_root", folder / "data", "--output_dir",
+                    folder / "run", "--max_steps", str(steps)], check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in open(folder / "run/metrics.jsonl")]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +115,7 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="timed for each number of workers")
     parser.add_argument("--repetitions", type=int, default=3, help="of the other times")
     parser.add_argument("--step_seconds", type=float, nargs="+", default=[1, 2, 5, 10, 20], help="of a step less time_data")
+    parser.add_argument("--train", type=int, default=0, help="steps of grpo_video.py to run on the clip; the first three warm up")
     args = parser.parse_args()
     if not (ROOT / "toy/model").is_dir():
         sys.exit("input_pipeline.py: error: there is no toy/model: python toy/make_toy.py builds it")
@@ -142,6 +167,10 @@ def main():
         workers = c.dataloader_num_workers
         print(f"\nTime waiting with {workers} workers, max(0, {whole:.2f} s / {workers} - step): " + ", ".join(
             f"{max(0, whole / workers - step) / step:.0%} of a step of {step:g} s" for step in args.step_seconds))
+        if args.train:
+            rows = train(Path(folder), video, image, args.train)[3:]
+            waited, total = (sum(row[key] for row in rows for key in row if key.startswith(name)) for name in ("time_data", "time_"))
+            print(f"\nTrained: {len(rows)} steps of {total / len(rows):.1f} s, {waited / total:.2%} of it waiting for data (time_data)")
 
 if __name__ == "__main__":
     main()
