@@ -148,8 +148,8 @@ TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), outp
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py (checked by test_smoke.py) ===
 class Prompts(types.SimpleNamespace):
     """B prompts less their last tokens, which open the completions, padded on the right to P tokens. ids [B, P], positions
-    [3, B, P] (M-RoPE's t, h, w), last, last_position [B], lengths [B] (of the whole prompts), keep [B, P] (True on real tokens;
-    None: nothing is padded), patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
+    [3, B, P] (M-RoPE's t, h, w), last, last_position [B], lengths [B] (of the whole prompts), runs: (number, P) of neighbours
+    of equal length, patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
     @classmethod
     def collate(cls, samples, device, dtype):
         """Samples with ids [P+1] (the last is a word's), positions [3, P+1], patches [N, 1176] uint8 and grids -> one batch."""
@@ -159,9 +159,9 @@ class Prompts(types.SimpleNamespace):
         lengths, last, last_position = torch.tensor(ends, device=device).T
         patches = torch.cat([s["patches"] for s in samples]).to(device).unflatten(1, (3, -1)) / 255
         mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]], device=device)
-        keep = torch.arange(1, ids.shape[1] + 1, device=device) < lengths[:, None]
+        runs = [(len(list(same)), P) for P, same in itertools.groupby(len(s["ids"]) - 1 for s in samples)]
         return cls(ids=ids, positions=positions.permute(2, 0, 1), last=last, last_position=last_position, lengths=lengths,
-                   keep=None if keep.all() else keep, grids=[grid for s in samples for grid in s["grids"]],
+                   runs=runs, grids=[grid for s in samples for grid in s["grids"]],
                    patches=((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype))
 
 def mrope_positions(ids, grids, config):
@@ -243,23 +243,20 @@ class PackedAttention:
     """Rows [B*P | B*G*C]: a prompt is causal over itself; a completion sees its prompt and, causally, itself. Behind the last
     layer, -1, only the completions' rows are needed: there a prompt is keys and values alone."""
     def __init__(self, prompts, G, C):
-        (self.B, self.P), self.G, self.C, keep = prompts.ids.shape, G, C, prompts.keep
-        self.mask = causal_lower_right(C, self.P + C) if C and keep is None else None
-        if C and keep is not None:  # where lengths differ, the completions must not see the padding
-            own = keep.new_ones(C, C).tril().expand(self.B, C, C)
-            mask = torch.cat((keep[:, None].expand(self.B, C, self.P), own), dim=2)  # [B, C, P+C]
-            self.mask = mask.repeat_interleave(G, 0)[:, None]
+        (self.B, self.P), self.G, self.C, self.runs = prompts.ids.shape, G, C, prompts.runs
     def split(self, z):  # [B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]
         prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
-        own = own.view(self.B * self.G, self.C, *z.shape[1:])
-        return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.transpose(1, 2)
+        return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.unflatten(0, (self.B * self.G, self.C)).transpose(1, 2)
     def __call__(self, layer, q, k, v):
         (q, q_own), (k, k_own), (v, v_own) = map(self.split, (q, k, v))
-        q = q[:, :, :0] if layer == -1 else F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        if self.C:
-            k, v = (torch.cat((z.repeat_interleave(self.G, 0), own), dim=2) for z, own in ((k, k_own), (v, v_own)))
-            q_own = F.scaled_dot_product_attention(q_own, k, v, attn_mask=self.mask, enable_gqa=True)  # [B*G, H, C, E]
-        return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in (q, q_own)])
+        out = [q[:, :, :0] if layer == -1 else F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)]
+        counts, rows = [n for n, _ in self.runs], [n * self.G for n, _ in self.runs]
+        parts = zip(self.runs, k.split(counts), v.split(counts), q_own.split(rows), k_own.split(rows), v_own.split(rows))
+        for (_, P), k, v, q_own, k_own, v_own in parts if self.C else ():  # without padding: no kernel needs a dense mask
+            k, v = (torch.cat((z[:, :, :P].repeat_interleave(self.G, 0), own), dim=2) for z, own in ((k, k_own), (v, v_own)))
+            seen = causal_lower_right(self.C, P + self.C)
+            out.append(F.scaled_dot_product_attention(q_own, k, v, attn_mask=seen, enable_gqa=True))  # [n*G, H, C, E]
+        return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in out])
 
 class Qwen2VL(nn.Module):
     """Calling it scores completions; its parts serve decoding too. Module names are the checkpoint's."""
@@ -508,10 +505,8 @@ class VideoDataset:
             longest = record.get("choices") or [record.get("answer"), *sorted(record.get("negatives", []), key=len)[-3:]]
             length = len(self.encode(record, longest, grids)[1])
             length += len(self.tokenizer(record.get("response", ""), add_special_tokens=False).input_ids)
-            if length > limit:
-                problems.append(f"sample_id {record['sample_id']}: up to {length} tokens, over the limit of {limit}")
-        if problems:
-            fail(*problems)
+            problems += [f"sample_id {record['sample_id']}: up to {length} tokens, over the limit of {limit}"] * (length > limit)
+        fail(*problems) if problems else None
     def decode(self, record):  # the child's work: the record's media -> [(patches, grid)]
         media = (read_media(kind, path, self.size, self.c.fps, self.c.max_frames) for kind, path in record["media"])
         return [(patches.numpy(), grid) for patches, grid in (to_patches(frames, self.vision) for frames in media)]
@@ -568,38 +563,35 @@ def gather_rows(rows):  # every rank's list of rows -> all, in rank order
 
 # === shared: sampling — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
 class KVCache:
-    """Static cache: each prompt's keys and values once for its group, and room for C tokens of each completion."""
+    """Static cache: each prompt's keys and values once for its group, and room for C tokens of each completion. `column` [1] is
+    the token in hand, and mask [B*G, 1, 1, P+C] 0 where a row may look, else -inf: tensors, so that a graph can go on."""
     def __init__(self, prompts, G, C):
-        (self.B, self.P), self.G, self.C, keep = prompts.ids.shape, G, C, prompts.keep
-        self.prefill = PackedAttention(prompts, G, 0)
-        self.mask = None if keep is None else torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -math.inf)
-        self.prompt, self.own, self.length = {}, {}, 0
+        (self.B, self.P), self.G, self.C, self.prefill = prompts.ids.shape, G, C, PackedAttention(prompts, G, 0)
+        seen = torch.arange(self.P + C, device=prompts.ids.device) < prompts.lengths[:, None] - 1  # [B, P+C]
+        self.mask = torch.where(seen, 0.0, -math.inf).repeat_interleave(G, 0)[:, None, None]
+        self.prompt, self.own, self.column = {}, {}, prompts.lengths.new_full((1,), -1)
     def __call__(self, layer, q, k, v):  # the prompts' rows [B*P, heads, E]; then a token of each completion, [B*G, heads, E]
         if layer not in self.prompt:
             self.prompt[layer] = [self.prefill.split(z)[0].contiguous() for z in (k, v)]  # [B, K, P, E]
             self.own[layer] = [z.new_zeros(self.B * self.G, z.shape[1], self.C, z.shape[2]) for z in (k, v)]
             return self.prefill(layer, q, k, v)
-        (prompt_k, prompt_v), n = self.prompt[layer], self.length
-        for cache, z in zip(self.own[layer], (k, v)):
-            cache[:, :, n] = z
-        own_k, own_v = (cache[:, :, :n + 1] for cache in self.own[layer])  # [B*G, K, n+1, E]
+        prompt_k, prompt_v = self.prompt[layer]
+        own_k, own_v = (cache.index_copy_(2, self.column, z[:, :, None]) for cache, z in zip(self.own[layer], (k, v)))
         q = q.unflatten(1, (k.shape[1], -1)) * q.shape[2] ** -0.5  # [B*G, K, R, E]: R query heads to a key head
         scores = self.by_prompt(q) @ prompt_k.transpose(2, 3)  # [B, K, G*R, P]: nothing is repeated G times
-        if self.mask is not None:
-            scores = scores + self.mask[:, None, None]
-        scores = torch.cat((self.by_row(scores), q @ own_k.transpose(2, 3)), dim=-1)  # [B*G, K, R, P+n+1]
-        on_prompt, on_own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((self.P, n + 1), dim=-1)
+        scores = torch.cat((self.by_row(scores), q @ own_k.transpose(2, 3)), dim=-1) + self.mask  # [B*G, K, R, P+C]
+        on_prompt, on_own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((self.P, self.C), dim=-1)
         return (self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v).flatten(1, 2)  # [B*G, H, E]
     def compact(self, going):
         """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts, as many as the busiest has."""
         going = going.view(self.B, self.G)
         kept, most = going.any(1).nonzero()[:, 0], int(going.sum(1).max())  # [b]
-        if 2 * len(kept) * most > going.numel():
-            return slice(None)
+        if going.numel() <= 32 or 2 * len(kept) * most > going.numel():  # few rows cost what one does, which is to read the weights
+            return None
         rows = (kept[:, None] * self.G + going[kept].long().argsort(descending=True, stable=True)[:, :most]).flatten()  # [b*g]
         self.prompt = {layer: [z[kept] for z in both] for layer, both in self.prompt.items()}
         self.own = {layer: [z[rows] for z in both] for layer, both in self.own.items()}
-        self.mask, self.B, self.G = None if self.mask is None else self.mask[kept], len(kept), most
+        self.mask, self.B, self.G = self.mask[rows], len(kept), most
         return rows
     def by_prompt(self, z):  # [B*G, K, R, X] -> [B, K, G*R, X]: a group's rows side by side meet their prompt in one product
         return z.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
@@ -635,17 +627,25 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
     token, position = (z.repeat_interleave(G) for z in (prompts.last, prompts.last_position))  # [B*G]
     ended, rows = torch.zeros(B * G, dtype=torch.bool, device=device), torch.arange(B * G, device=device)
-    out = torch.full((B * G, C), end_ids[0], device=device)
+    def step():  # a token of each row; all that it changes keeps its place in memory, as a graph needs
+        cache.mask.index_fill_(3, cache.column.add_(1) + cache.P, 0)
+        x = model.decoder(model.model.embed_tokens(token), (position + cache.column).expand(3, -1), cache)
+        token.copy_(pick(model.logits(x), uniform[rows, cache.column], temperature, top_k, top_p))
+        out[rows, cache.column] = torch.where(ended, ends[0], token)
+        ended.logical_or_(torch.isin(token, ends))
+    out, run = torch.full((B * G, C), end_ids[0], device=device), step
     for t in range(C):
-        cache.length = t
-        x = model.decoder(model.model.embed_tokens(token), (position + t).expand(3, -1), cache)
-        token = pick(model.logits(x), uniform[rows, t], temperature, top_k, top_p)
-        out[rows, t] = torch.where(ended, ends[0], token)
-        ended = ended | torch.isin(token, ends)
-        if ended.all():
+        run()
+        going = ~ended.cpu()  # the host waits for the device here and nowhere else
+        if not going.any():
             break
-        stay = cache.compact(~ended)
-        rows, token, position, ended = (z[stay] for z in (rows, token, position, ended))
+        if (stay := cache.compact(going)) is not None:
+            (rows, token, position, ended), run = (z[stay] for z in (rows, token, position, ended)), step
+        elif token.is_cuda and run is step:  # which has loaded its kernels now: from here on they start all at once
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on, NCCL's for one
+                step()
+            run = graph.replay
     return out[:, :t + 1].view(B, G, -1)
 # === end shared: sampling ===
 

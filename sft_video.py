@@ -131,8 +131,8 @@ TOY = dict(model=str(HERE / "toy/model"), data_root=str(HERE / "toy/data"), outp
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py (checked by test_smoke.py) ===
 class Prompts(types.SimpleNamespace):
     """B prompts less their last tokens, which open the completions, padded on the right to P tokens. ids [B, P], positions
-    [3, B, P] (M-RoPE's t, h, w), last, last_position [B], lengths [B] (of the whole prompts), keep [B, P] (True on real tokens;
-    None: nothing is padded), patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
+    [3, B, P] (M-RoPE's t, h, w), last, last_position [B], lengths [B] (of the whole prompts), runs: (number, P) of neighbours
+    of equal length, patches [N, 1176] of all videos and images, grids: their (t, h, w)."""
     @classmethod
     def collate(cls, samples, device, dtype):
         """Samples with ids [P+1] (the last is a word's), positions [3, P+1], patches [N, 1176] uint8 and grids -> one batch."""
@@ -142,9 +142,9 @@ class Prompts(types.SimpleNamespace):
         lengths, last, last_position = torch.tensor(ends, device=device).T
         patches = torch.cat([s["patches"] for s in samples]).to(device).unflatten(1, (3, -1)) / 255
         mean, std = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]], device=device)
-        keep = torch.arange(1, ids.shape[1] + 1, device=device) < lengths[:, None]
+        runs = [(len(list(same)), P) for P, same in itertools.groupby(len(s["ids"]) - 1 for s in samples)]
         return cls(ids=ids, positions=positions.permute(2, 0, 1), last=last, last_position=last_position, lengths=lengths,
-                   keep=None if keep.all() else keep, grids=[grid for s in samples for grid in s["grids"]],
+                   runs=runs, grids=[grid for s in samples for grid in s["grids"]],
                    patches=((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype))
 
 def mrope_positions(ids, grids, config):
@@ -226,23 +226,20 @@ class PackedAttention:
     """Rows [B*P | B*G*C]: a prompt is causal over itself; a completion sees its prompt and, causally, itself. Behind the last
     layer, -1, only the completions' rows are needed: there a prompt is keys and values alone."""
     def __init__(self, prompts, G, C):
-        (self.B, self.P), self.G, self.C, keep = prompts.ids.shape, G, C, prompts.keep
-        self.mask = causal_lower_right(C, self.P + C) if C and keep is None else None
-        if C and keep is not None:  # where lengths differ, the completions must not see the padding
-            own = keep.new_ones(C, C).tril().expand(self.B, C, C)
-            mask = torch.cat((keep[:, None].expand(self.B, C, self.P), own), dim=2)  # [B, C, P+C]
-            self.mask = mask.repeat_interleave(G, 0)[:, None]
+        (self.B, self.P), self.G, self.C, self.runs = prompts.ids.shape, G, C, prompts.runs
     def split(self, z):  # [B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]
         prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
-        own = own.view(self.B * self.G, self.C, *z.shape[1:])
-        return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.transpose(1, 2)
+        return prompt.unflatten(0, (self.B, self.P)).transpose(1, 2), own.unflatten(0, (self.B * self.G, self.C)).transpose(1, 2)
     def __call__(self, layer, q, k, v):
         (q, q_own), (k, k_own), (v, v_own) = map(self.split, (q, k, v))
-        q = q[:, :, :0] if layer == -1 else F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        if self.C:
-            k, v = (torch.cat((z.repeat_interleave(self.G, 0), own), dim=2) for z, own in ((k, k_own), (v, v_own)))
-            q_own = F.scaled_dot_product_attention(q_own, k, v, attn_mask=self.mask, enable_gqa=True)  # [B*G, H, C, E]
-        return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in (q, q_own)])
+        out = [q[:, :, :0] if layer == -1 else F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)]
+        counts, rows = [n for n, _ in self.runs], [n * self.G for n, _ in self.runs]
+        parts = zip(self.runs, k.split(counts), v.split(counts), q_own.split(rows), k_own.split(rows), v_own.split(rows))
+        for (_, P), k, v, q_own, k_own, v_own in parts if self.C else ():  # without padding: no kernel needs a dense mask
+            k, v = (torch.cat((z[:, :, :P].repeat_interleave(self.G, 0), own), dim=2) for z, own in ((k, k_own), (v, v_own)))
+            seen = causal_lower_right(self.C, P + self.C)
+            out.append(F.scaled_dot_product_attention(q_own, k, v, attn_mask=seen, enable_gqa=True))  # [n*G, H, C, E]
+        return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in out])
 
 class Qwen2VL(nn.Module):
     """Calling it scores completions; its parts serve decoding too. Module names are the checkpoint's."""
@@ -491,10 +488,8 @@ class VideoDataset:
             longest = record.get("choices") or [record.get("answer"), *sorted(record.get("negatives", []), key=len)[-3:]]
             length = len(self.encode(record, longest, grids)[1])
             length += len(self.tokenizer(record.get("response", ""), add_special_tokens=False).input_ids)
-            if length > limit:
-                problems.append(f"sample_id {record['sample_id']}: up to {length} tokens, over the limit of {limit}")
-        if problems:
-            fail(*problems)
+            problems += [f"sample_id {record['sample_id']}: up to {length} tokens, over the limit of {limit}"] * (length > limit)
+        fail(*problems) if problems else None
     def decode(self, record):  # the child's work: the record's media -> [(patches, grid)]
         media = (read_media(kind, path, self.size, self.c.fps, self.c.max_frames) for kind, path in record["media"])
         return [(patches.numpy(), grid) for patches, grid in (to_patches(frames, self.vision) for frames in media)]

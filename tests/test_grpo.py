@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.bias import CausalBias
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, get_scheduler
 
 import grpo_video
@@ -504,6 +506,27 @@ def test_padding_is_not_seen(tiny_model):
         torch.testing.assert_close(model(collate(s), completions[i:i + 1])[0], together[i], atol=2e-6, rtol=0)
         alone = generate(model, collate(s), 3, 6, ENDS, [i + 1])[0]
         assert torch.equal(alone, sampled[i, :, :alone.shape[1]])
+
+
+def test_no_attention_needs_a_dense_mask(tiny_model, monkeypatch):
+    """Flash kernels take causal masks alone: prompts of different length meet their completions a length at a time."""
+    _, _, model = tiny_model()
+    samples, completions = [make_sample(model.config, *parts) for parts in (SHORT, LONG, LONG, SHORT)], random_completions(4, 3, 5)
+    expected = torch.cat([model(collate(s), c[None]) for s, c in zip(samples, completions)])
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def watch(q, k, v, attn_mask=None, **options):
+        seen.append((attn_mask, len(q), k.shape[2]))
+        with monkeypatch.context() as inside:  # a CPU has no flash kernel for CausalBias, which makes itself a mask for it
+            inside.setattr(F, "scaled_dot_product_attention", attention)
+            return attention(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    model(collate(*samples), completions).sum().backward()
+    assert all(mask is None or isinstance(mask, CausalBias) for mask, *_ in seen)
+    lengths = [len(s["ids"]) - 1 for s in samples]
+    assert [pair for mask, *pair in seen if mask is not None][:3] == [[3, lengths[0] + 5], [6, lengths[1] + 5], [3, lengths[3] + 5]]
+    torch.testing.assert_close(model(collate(*samples), completions), expected, atol=2e-6, rtol=0)
 
 
 def test_log_softmax_is_fp32(tiny_model):

@@ -3,9 +3,12 @@ import inspect
 import math
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, TopKLogitsWarper, TopPLogitsWarper
 
 import grpo_video as g
@@ -278,20 +281,74 @@ def test_stops_at_either_end_token(tiny_model, monkeypatch, ends):
     assert short.tolist() == [[[5, ends[1]], [a, a], [5, 6], [5, 6]]]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_finished_rows_leave_the_batch(tiny_model, monkeypatch, count):
-    """Rows that go on in a smaller batch, of fewer prompts and fewer completions each, get another's keys, mask or numbers."""
+@pytest.mark.parametrize("count, G", [(1, 48), (3, 16)])
+def test_finished_rows_leave_the_batch(tiny_model, monkeypatch, count, G):
+    """Rows that go on in a smaller batch, of fewer prompts and fewer completions each, get another's keys, mask or numbers. So few
+    that none of them would cost less are left together."""
     model, ends, sizes = tiny_model()[2], list(range(40)), []
     samples, decoder = prompts_of(model)[:count], model.decoder
-    out = sample(model, samples, G=6, C=30, ends=ends, temperature=1.5)
+    out = sample(model, samples, G=G, C=30, ends=ends, temperature=1.5)
     model.decoder = lambda x, *rest: sizes.append(len(x)) or decoder(x, *rest)
-    assert torch.equal(sample(model, samples, G=6, C=30, ends=ends, temperature=1.5), out)
+    assert torch.equal(sample(model, samples, G=G, C=30, ends=ends, temperature=1.5), out)
     lengths = g.completion_mask(out, ends).sum(-1)
     going = [lengths > t for t in range(out.shape[2])]  # [B, G] that need step t
     assert all(int(x.any(1).sum() * x.sum(1).max()) <= size for x, size in zip(going, sizes[1:]))
-    assert sizes[1] == 6 * count and sizes[-1] <= sizes[1] // 2 and len({*lengths.flatten().tolist()}) > 3
-    monkeypatch.setattr(g.KVCache, "compact", lambda self, going: slice(None))
-    assert torch.equal(sample(model, samples, G=6, C=30, ends=ends, temperature=1.5), out)
+    assert sizes[1] == G * count and sizes[-1] <= sizes[1] // 2 and len({*lengths.flatten().tolist()}) > 3
+    monkeypatch.setattr(g.KVCache, "compact", lambda self, going: None)
+    assert torch.equal(sample(model, samples, G=G, C=30, ends=ends, temperature=1.5), out)
+    monkeypatch.undo()
+    sizes.clear()
+    sample(model, samples[:1], G=32, C=30, ends=ends, temperature=1.5)
+    assert len(sizes) > 5 and {*sizes[1:]} == {32}
+
+
+class Recorded(TorchDispatchMode):
+    """Stands in for torch.cuda.graph: notes the operations of its block, undoes what they did, and gives `graph` a replay() that
+    runs them again on the same memory. As a CUDA graph, it takes all Python values for fixed and refuses to wait for results."""
+    forbidden = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique_dim", "_unique2", "repeat_interleave"}
+
+    def __init__(self, graph, capture_error_mode):
+        super().__init__()
+        assert capture_error_mode == "thread_local"
+        self.tape, self.undo, graph.replay = [], [], self.replay
+        Recorded.made.append(self)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [z for z in tree_leaves((args, kwargs)) if isinstance(z, torch.Tensor)]
+        assert func._schema.name.removeprefix("aten::") not in self.forbidden, f"{func} cannot be captured"
+        assert "index" not in func._schema.name or all(z.dtype != torch.bool for z in tensors[1:2]), f"{func} of a mask waits for it"
+        self.undo += [(z, z.clone()) for z in tensors] if func._schema.is_mutable else []
+        self.tape.append((func, args, kwargs or {}, out := func(*args, **kwargs or {})))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for z, before in self.undo[::-1]:
+            z.copy_(before)
+
+    def replay(self):
+        for func, args, kwargs, out in self.tape:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                assert old.shape == new.shape
+                old.copy_(new) if old.data_ptr() != new.data_ptr() else None
+
+
+@pytest.mark.parametrize("G, options", [(2, dict(temperature=1.5)), (2, dict(temperature=0)), (16, dict(temperature=1.5)),
+                                        (16, dict(top_k=20, top_p=0.9))], ids=str)
+def test_a_token_can_be_a_cuda_graph(tiny_model, monkeypatch, G, options):
+    """The same tokens where a step's operations are recorded once and repeated on the same memory, as on a GPU: nothing in them
+    depends on a Python number that changes, or is asked for by the host. Each smaller batch is recorded anew."""
+    model, ends = tiny_model()[2], list(range(40))
+    samples, sizes = prompts_of(model), []
+    expected, decoder = sample(model, samples, G=G, C=30, ends=ends, **options), model.decoder
+    model.decoder = lambda x, *rest: sizes.append(len(x)) or decoder(x, *rest)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", Recorded)
+    monkeypatch.setattr(Recorded, "made", [], raising=False)
+    assert torch.equal(sample(model, samples, G=G, C=30, ends=ends, **options), expected)
+    assert sizes[1:] == [size for size in dict.fromkeys(sizes[1:]) for _ in range(2)]  # once at once, once recorded
+    assert len(Recorded.made) == len({*sizes[1:]}) and (G == 2 or len(Recorded.made) > 1) and expected.shape[2] > 4
 
 
 # ---- rollout --------------------------------------------------------------------------------------------------------
