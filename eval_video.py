@@ -62,6 +62,7 @@ def set_up(toy):
     """-> this rank's device and the type to compute in. Makes the process group; with --toy, rank 0 builds a missing toy."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     torch.cuda.set_device(device) if device.type == "cuda" else None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every length of a prompt; flash kernels need no plan
     store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]  # torchrun's holds a dead try's addresses still
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
                             store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
@@ -200,10 +201,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         D, hidden, self.E = c.hidden_size, c.intermediate_size, c.hidden_size // c.num_attention_heads
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(D, eps=c.rms_norm_eps) for _ in range(2))
-        linear, narrow = partial(nn.Linear, bias=False), c.num_key_value_heads * self.E
-        self.self_attn = nn.ModuleDict(dict(q_proj=nn.Linear(D, D), k_proj=nn.Linear(D, narrow), v_proj=nn.Linear(D, narrow),
-                                            o_proj=linear(D, D)))
-        self.mlp = nn.ModuleDict(dict(gate_proj=linear(D, hidden), up_proj=linear(D, hidden), down_proj=linear(hidden, D)))
+        linear, bare, KE = nn.Linear, partial(nn.Linear, bias=False), c.num_key_value_heads * self.E
+        self.self_attn = nn.ModuleDict(dict(q_proj=linear(D, D), k_proj=linear(D, KE), v_proj=linear(D, KE), o_proj=bare(D, D)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=bare(D, hidden), up_proj=bare(D, hidden), down_proj=bare(hidden, D)))
     def forward(self, x, cos, sin, attend):
         """x [N, D]; attend(q [N, H, E], k [N, K, E], v [N, K, E]) -> [n, H, E] decides who sees whom; the last n rows go on."""
         a, h = self.self_attn, self.input_layernorm(x)
@@ -537,8 +537,8 @@ def gather_rows(rows):  # every rank's list of rows -> all, in rank order
 
 # === shared: sampling — identical in grpo_video.py, eval_video.py (checked by test_smoke.py) ===
 class KVCache:
-    """Static cache: each prompt's keys and values once for its group, and room for C tokens of each completion. `column` [1] is
-    the token in hand, and mask [B*G, 1, 1, P+C] 0 where a row may look, else -inf: tensors, so that a graph can go on."""
+    """Each prompt's keys and values once for its group, and room for C tokens of each completion. Keys are fp32: scores rounded to
+    bf16 are not the update's. column [1]: the token in hand; mask [B*G, 1, 1, P+C]: 0 where a row may look, else -inf."""
     def __init__(self, prompts, G, C):
         (self.B, self.P), self.G, self.C, self.prefill = prompts.ids.shape, G, C, PackedAttention(prompts, G, 0)
         seen = torch.arange(self.P + C, device=prompts.ids.device) < prompts.lengths[:, None] - 1  # [B, P+C]
@@ -546,15 +546,15 @@ class KVCache:
         self.prompt, self.own, self.column = {}, {}, prompts.lengths.new_full((1,), -1)
     def __call__(self, layer, q, k, v):  # the prompts' rows [B*P, heads, E]; then a token of each completion, [B*G, heads, E]
         if layer not in self.prompt:
-            self.prompt[layer] = [self.prefill.split(z)[0].contiguous() for z in (k, v)]  # [B, K, P, E]
-            self.own[layer] = [z.new_zeros(self.B * self.G, z.shape[1], self.C, z.shape[2]) for z in (k, v)]
+            self.prompt[layer] = [self.prefill.split(z)[0].contiguous() for z in (k.float(), v)]  # [B, K, P, E]
+            self.own[layer] = [z.new_zeros(self.B * self.G, z.shape[1], self.C, z.shape[3]) for z in self.prompt[layer]]
             return self.prefill(layer, q, k, v)
         prompt_k, prompt_v = self.prompt[layer]
-        own_k, own_v = (cache.index_copy_(2, self.column, z[:, :, None]) for cache, z in zip(self.own[layer], (k, v)))
-        q = q.unflatten(1, (k.shape[1], -1)) * q.shape[2] ** -0.5  # [B*G, K, R, E]: R query heads to a key head
+        own_k, own_v = (cache.index_copy_(2, self.column, z[:, :, None]) for cache, z in zip(self.own[layer], (k.float(), v)))
+        q = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[2] ** -0.5  # [B*G, K, R, E]: R query heads to a key head
         scores = self.by_prompt(q) @ prompt_k.transpose(2, 3)  # [B, K, G*R, P]: nothing is repeated G times
         scores = torch.cat((self.by_row(scores), q @ own_k.transpose(2, 3)), dim=-1) + self.mask  # [B*G, K, R, P+C]
-        on_prompt, on_own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((self.P, self.C), dim=-1)
+        on_prompt, on_own = scores.softmax(-1).to(v.dtype).split((self.P, self.C), dim=-1)
         return (self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v).flatten(1, 2)  # [B*G, H, E]
     def compact(self, going):
         """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts, as many as the busiest has."""

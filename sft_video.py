@@ -64,6 +64,7 @@ def set_up(toy):
     """-> this rank's device and the type to compute in. Makes the process group; with --toy, rank 0 builds a missing toy."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     torch.cuda.set_device(device) if device.type == "cuda" else None
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every length of a prompt; flash kernels need no plan
     store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]  # torchrun's holds a dead try's addresses still
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
                             store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
@@ -209,10 +210,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         D, hidden, self.E = c.hidden_size, c.intermediate_size, c.hidden_size // c.num_attention_heads
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(D, eps=c.rms_norm_eps) for _ in range(2))
-        linear, narrow = partial(nn.Linear, bias=False), c.num_key_value_heads * self.E
-        self.self_attn = nn.ModuleDict(dict(q_proj=nn.Linear(D, D), k_proj=nn.Linear(D, narrow), v_proj=nn.Linear(D, narrow),
-                                            o_proj=linear(D, D)))
-        self.mlp = nn.ModuleDict(dict(gate_proj=linear(D, hidden), up_proj=linear(D, hidden), down_proj=linear(hidden, D)))
+        linear, bare, KE = nn.Linear, partial(nn.Linear, bias=False), c.num_key_value_heads * self.E
+        self.self_attn = nn.ModuleDict(dict(q_proj=linear(D, D), k_proj=linear(D, KE), v_proj=linear(D, KE), o_proj=bare(D, D)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=bare(D, hidden), up_proj=bare(D, hidden), down_proj=bare(hidden, D)))
     def forward(self, x, cos, sin, attend):
         """x [N, D]; attend(q [N, H, E], k [N, K, E], v [N, K, E]) -> [n, H, E] decides who sees whom; the last n rows go on."""
         a, h = self.self_attn, self.input_layernorm(x)
@@ -529,7 +529,7 @@ def shard(model, device, dtype, offload=False):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
         shape = (WORLD // local, local) if local < WORLD else (WORLD,)
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
-        place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.visual.blocks, *model.model.layers, model):  # a root left whole after its forward would go stale
             fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)

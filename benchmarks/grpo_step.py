@@ -201,6 +201,7 @@ def run_ways(ways, repetitions, device):
         grads = {checkpoint_name(name): p.grad for name, p in model.named_parameters()} if phase == POLICY else {}
         gradients = gradients or grads
         shares = [float((grad - gradients[name]).norm() / gradients[name].norm()) for name, grad in grads.items()]
+        del grads
         apart[key] = tuple(map(max, apart.get(key, (0, 0)), (logp_apart, max(shares, default=0))))
     rows = []
     for phase, way in itertools.product(PHASES, ways):
@@ -314,6 +315,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--plot", type=Path, help="write the first shape's step times to this SVG file")
     args = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as grpo_video.py; for transformers' decoding it would plan anew for every token
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
     clip, still, default = SIZES[args.size][-3:]
     shapes = list(dict.fromkeys(itertools.chain(*SWEEP.values()))) if args.sweep else args.shapes or list(map(shape, default))

@@ -222,6 +222,23 @@ def test_every_token_is_drawn_from_the_scored_distribution(tiny_model, monkeypat
     assert (drawn - scored)[mask].abs().max() <= 1e-4 and len(out.unique()) > 50
 
 
+def test_bf16_draws_from_what_it_scores(tiny_model, monkeypatch):
+    """Trap 2, in bf16: keys with large biases, as Qwen2's are, make large scores. Rounded to bf16 in decoding, which SDPA's kernels
+    do not do when they score, they would move the log-probs of drawn tokens by several times bf16's own noise."""
+    folder, _, _ = tiny_model()
+    model, seen, pick = g.load_model(folder, CPU, torch.bfloat16), [], g.pick
+    for i, layer in enumerate(model.model.layers):
+        bias = layer.self_attn.k_proj.bias
+        bias.data = 60 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(i)).bfloat16()
+    prompts = g.Prompts.collate(prompts_of(model), CPU, torch.bfloat16)
+    monkeypatch.setattr(g, "pick", lambda logits, *rest: seen.append(logits.log_softmax(-1)) or pick(logits, *rest))
+    out = g.generate(model, prompts, 8, 12, [400], range(3))
+    drawn = torch.stack(seen, 1).view(3, 8, 12, 400).gather(-1, out[..., None])[..., 0]
+    with torch.no_grad():
+        apart = (model(prompts, out) - drawn).abs().mean()
+    assert apart < 0.02, apart
+
+
 def test_vendors_generation_config_changes_nothing(tiny_model):
     """Trap 1: with the vendor's generation_config.json in the model's folder, or another, or none, the same varied samples."""
     folder, _, model = tiny_model()
