@@ -529,7 +529,7 @@ def shard(model, device, dtype, offload=False):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
         shape = (WORLD // local, local) if local < WORLD else (WORLD,)
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
-        place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+        place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()  # pinned, a tensor takes the next power of two
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.visual.blocks, *model.model.layers, model):  # a root left whole after its forward would go stale
             fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
