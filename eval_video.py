@@ -560,7 +560,7 @@ class KVCache:
         """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts, as many as the busiest has."""
         going = going.view(self.B, self.G)
         kept, most = going.any(1).nonzero()[:, 0], int(going.sum(1).max())  # [b]
-        if going.numel() <= 32 or 2 * len(kept) * most > going.numel():  # few rows cost what one does, which is to read the weights
+        if 2 * len(kept) * most > going.numel():
             return None
         rows = (kept[:, None] * self.G + going[kept].long().argsort(descending=True, stable=True)[:, :most]).flatten()  # [b*g]
         self.prompt = {layer: [z[kept] for z in both] for layer, both in self.prompt.items()}
@@ -613,7 +613,7 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top
         going = ~ended.cpu()  # the host waits for the device here and nowhere else
         if not going.any():
             break
-        if (stay := cache.compact(going)) is not None:
+        if len(going) > 32 and (stay := cache.compact(going)) is not None:  # fewer cost what one does: the weights are read
             (rows, token, position, ended), run = (z[stay] for z in (rows, token, position, ended)), step
         elif token.is_cuda and run is step:  # which has loaded its kernels now: from here on they start all at once
             graph = torch.cuda.CUDAGraph()

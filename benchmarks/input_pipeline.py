@@ -103,8 +103,7 @@ def train(folder, video, image, steps):
     (folder / "data/annotations").mkdir()
     row = dict(question="What comes next?", golden_choice_idx="A", video_source="clip", video_basename=video.name,
                current_observation_basename=image.name, task_progress_metadata=[0], **{f"choice_{z}": z for z in "abcd"})
-    lines = (json.dumps(row | dict(sample_id=i)) + "\n" for i in range(steps))
-    (folder / "data/annotations/training_6k.jsonl").write_text("".join(lines))
+    g.append_rows(folder / "data/annotations/training_6k.jsonl", (row | dict(sample_id=i) for i in range(steps)))
     subprocess.run([sys.executable, ROOT / "grpo_video.py", "--model", folder / "model", "--data_root", folder / "data", "--output_dir",
                     folder / "run", "--max_steps", str(steps)], check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in open(folder / "run/metrics.jsonl")]
@@ -117,6 +116,8 @@ def main():
     parser.add_argument("--step_seconds", type=float, nargs="+", default=[1, 2, 5, 10, 20], help="of a step less time_data")
     parser.add_argument("--train", type=int, default=0, help="steps of grpo_video.py to run on the clip; the first three warm up")
     args = parser.parse_args()
+    if 0 < args.train < 4:
+        parser.error(f"--train {args.train}: must be at least 4, as the first three steps warm up, or 0")
     if not (ROOT / "toy/model").is_dir():
         sys.exit("input_pipeline.py: error: there is no toy/model: python toy/make_toy.py builds it")
     torch.set_num_threads(1)

@@ -208,16 +208,20 @@ def test_first_tokens_follow_the_scored_policy(toy, temperature):
             assert (statistic < 4) == (T == temperature), (T, statistic)
 
 
+def drawn_and_scored(monkeypatch, model, prompts, G, C, ends, temperature=1.0):
+    """-> completions [B, G, C], their tokens' log-probs in the distributions sampled from, and as the forward scores them."""
+    seen, pick = [], g.pick
+    monkeypatch.setattr(g, "pick", lambda logits, u, T, *rest: seen.append((logits / T).log_softmax(-1)) or pick(logits, u, T, *rest))
+    out = g.generate(model, prompts, G, C, ends, range(len(prompts.ids)), temperature)
+    with torch.no_grad():
+        return out, torch.stack(seen, 1).view(*out.shape, -1).gather(-1, out[..., None])[..., 0], model(prompts, out, temperature)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_every_token_is_drawn_from_the_scored_distribution(tiny_model, monkeypatch, temperature):
     """Trap 2: at every position and in every row, the distribution sampled from is the one that the forward scores."""
-    model, seen, pick = tiny_model()[2], [], g.pick
-    monkeypatch.setattr(g, "pick", lambda logits, u, T, *rest: seen.append((logits / T).log_softmax(-1)) or pick(logits, u, T, *rest))
-    samples = prompts_of(model)
-    out = sample(model, samples, temperature=temperature, ends=(END, END))
-    drawn = torch.stack(seen, 1).view(3, 6, -1, 400).gather(-1, out[..., None])[..., 0]
-    with torch.no_grad():
-        scored = model(collate(*samples), out, temperature)
+    model = tiny_model()[2]
+    out, drawn, scored = drawn_and_scored(monkeypatch, model, collate(*prompts_of(model)), 6, 8, [END, END], temperature)
     mask = g.completion_mask(out, [END])
     assert (drawn - scored)[mask].abs().max() <= 1e-4 and len(out.unique()) > 50
 
@@ -226,16 +230,13 @@ def test_bf16_draws_from_what_it_scores(tiny_model, monkeypatch):
     """Trap 2, in bf16: keys with large biases, as Qwen2's are, make large scores. Rounded to bf16 in decoding, which SDPA's kernels
     do not do when they score, they would move the log-probs of drawn tokens by several times bf16's own noise."""
     folder, _, _ = tiny_model()
-    model, seen, pick = g.load_model(folder, CPU, torch.bfloat16), [], g.pick
+    model = g.load_model(folder, CPU, torch.bfloat16)
     for i, layer in enumerate(model.model.layers):
         bias = layer.self_attn.k_proj.bias
         bias.data = 60 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(i)).bfloat16()
     prompts = g.Prompts.collate(prompts_of(model), CPU, torch.bfloat16)
-    monkeypatch.setattr(g, "pick", lambda logits, *rest: seen.append(logits.log_softmax(-1)) or pick(logits, *rest))
-    out = g.generate(model, prompts, 8, 12, [400], range(3))
-    drawn = torch.stack(seen, 1).view(3, 8, 12, 400).gather(-1, out[..., None])[..., 0]
-    with torch.no_grad():
-        apart = (model(prompts, out) - drawn).abs().mean()
+    _, drawn, scored = drawn_and_scored(monkeypatch, model, prompts, 8, 12, [400])
+    apart = (scored - drawn).abs().mean()
     assert apart < 0.02, apart
 
 
