@@ -1,8 +1,11 @@
-"""Kills a toy run with SIGKILL at random moments, every other time while it saves, and resumes it each time: the final weights,
-rollouts and metrics must be the unbroken run's, bit for bit.
+"""Kills a toy run with SIGKILL at random moments and resumes it each time.
 
-    python benchmarks/kill_and_resume.py --kills 20         # about two minutes; exit code 1 if anything differs
+Every other time it is killed while it saves. The final weights, rollouts and metrics must be the
+unbroken run's, bit for bit.
+
+    python benchmarks/kill_and_resume.py --kills 20   # two minutes; exit code 1 if anything differs
 """
+
 import argparse
 import json
 import os
@@ -15,14 +18,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAVE_STEPS = 400, 2
+FLAGS = {
+    "max_steps": 400,
+    "save_steps": 2,
+    "per_device_train_batch_size": 2,
+    "max_completion_length": 8,
+}
 
 
-def start(out, *flags):
-    command = [sys.executable, ROOT / "grpo_video.py", "--toy", "--output_dir", out, "--max_steps", str(STEPS), "--save_steps",
-               str(SAVE_STEPS), "--per_device_train_batch_size", "2", "--max_completion_length", "8", *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(f"{out}.log", "w"), start_new_session=True,
-                            env=os.environ | dict(OMP_NUM_THREADS="1"))
+def start(out, *more):
+    command = [sys.executable, ROOT / "grpo_video.py", "--toy", "--output_dir", out]
+    for flag, value in FLAGS.items():
+        command += [f"--{flag}", str(value)]
+    return subprocess.Popen(
+        [*command, *more],
+        stdout=subprocess.DEVNULL,
+        stderr=open(f"{out}.log", "w"),
+        start_new_session=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )
 
 
 def finish(process, out):
@@ -38,47 +52,94 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def kill(process, out, rng, n):
-    """Kills at a random moment: every fifth time while the run starts, else in its first 1.5 s of steps, every other time while
-    it saves -> what stood there then; None if it had ended well."""
-    steps, since = out / "metrics.jsonl", time.time()
-    before = size_of(steps)
-    wait = rng.uniform(0, 6) if n % 5 == 0 else rng.uniform(0, 1.5)
-    while process.poll() is None and (time.time() < since + wait or n % 5 and size_of(steps) == before):
-        since = time.time() if n % 5 and size_of(steps) == before else since
+def last_checkpoint(out):
+    """-> the step of the run's last whole checkpoint, or 0."""
+    steps = [path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def wait_for_moment(process, out, rng, n):
+    """Returns at a random moment of the run, or when it has ended.
+
+    Every fifth time that is while the run starts, else in its first 1.5 s of steps; every other
+    time it is while the run saves.
+    """
+    while_starting = n % 5 == 0
+    while_saving = n % 2 == 1
+    steps = out / "metrics.jsonl"
+    size = size_of(steps)
+    wait = rng.uniform(0, 6) if while_starting else rng.uniform(0, 1.5)
+
+    if not while_starting:
+        while process.poll() is None and size_of(steps) == size:
+            time.sleep(0.001)
+    since = time.time()
+    while process.poll() is None and time.time() < since + wait:
         time.sleep(0.001)
-    while process.poll() is None and n % 2 and not saving(out):
-        time.sleep(0.0005)
-    time.sleep(rng.uniform(0, 0.03) if n % 2 else 0)
+
+    if while_saving:
+        while process.poll() is None and not saving(out):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.03))
+
+
+def kill(process, out, rng, n):
+    """Kills the run at a moment of wait_for_moment's -> what stood there then; None if it ended."""
+    wait_for_moment(process, out, rng, n)
     if process.poll() is not None:
         return finish(process, out)
+
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    at = max((int(p.name[11:]) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()), default=0)
-    return f"last checkpoint {at}" + (", killed while saving" if saving(out) else "")
+    return f"last checkpoint {last_checkpoint(out)}" + (
+        ", killed while saving" if saving(out) else ""
+    )
 
 
 def rows(path):
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time_", "peak_"))} for line in open(path)]
+    """The rows of a metrics.jsonl without what differs from run to run: times and memory."""
+    kept = []
+    for line in open(path):
+        row = json.loads(line)
+        kept.append({k: v for k, v in row.items() if not k.startswith(("time_", "peak_"))})
+    return kept
+
+
+def same_files(whole, broken):
+    """-> {what is compared: whether it is the same in both runs}."""
+    same = {}
+    for name in ("model.safetensors", "rollouts.jsonl"):
+        same[name] = (whole / name).read_bytes() == (broken / name).read_bytes()
+    metrics = rows(whole / "metrics.jsonl")
+    same["metrics.jsonl, less times"] = metrics == rows(broken / "metrics.jsonl")
+    return same
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
+
     with tempfile.TemporaryDirectory() as folder:
-        whole, broken, hits = Path(folder, "whole"), Path(folder, "broken"), 0
+        whole = Path(folder, "whole")
         finish(start(whole), whole)
+
+        broken = Path(folder, "broken")
+        hits = 0
         for n in range(args.kills):
             at = kill(start(broken, "--resume_from_checkpoint", "auto"), broken, rng, n)
             hits += "saving" in (at or "")
-            print(f"kill {n + 1}: {at or 'the run had ended; its last checkpoint is resumed'}", flush=True)
+            what = at or "the run had ended; its last checkpoint is resumed"
+            print(f"kill {n + 1}: {what}", flush=True)
         finish(start(broken, "--resume_from_checkpoint", "auto"), broken)
-        same = {name: (whole / name).read_bytes() == (broken / name).read_bytes() for name in ("model.safetensors", "rollouts.jsonl")}
-        same["metrics.jsonl, less times"] = rows(whole / "metrics.jsonl") == rows(broken / "metrics.jsonl")
-    print(f"{args.kills} kills, {hits} while saving;", ", ".join(f"{name}: {'the same' if ok else 'DIFFERS'}" for name, ok in same.items()))
+        same = same_files(whole, broken)
+
+    verdicts = [f"{name}: {'the same' if ok else 'DIFFERS'}" for name, ok in same.items()]
+    print(f"{args.kills} kills, {hits} while saving;", ", ".join(verdicts))
     sys.exit(not all(same.values()))
 
 

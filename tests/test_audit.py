@@ -1,4 +1,8 @@
-"""--audit: a step's loss, recomputed from audit.jsonl as with a calculator, without torch; and --analyze through the script."""
+"""--audit: a step's loss, recomputed from audit.jsonl as with a calculator, without torch.
+
+And --analyze through the script.
+"""
+
 import json
 import math
 import os
@@ -14,7 +18,6 @@ from tools import frames
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 # An untrained model earns nothing: here it is paid by the length of its text.
 REWARDED = """
 import sys
@@ -24,104 +27,187 @@ grpo_video.reward_of = lambda text, gold, weight: (float(len(text) % 3), None)
 grpo_video.main()
 """
 
+AUDITED_RUN = """
+--max_frames 4 --frame_size 56 --dataloader_num_workers 0
+--num_generations 4 --max_completion_length 8 --temperature 1.5
+--max_steps 3 --per_device_train_batch_size 2 --learning_rate 1e-3 --audit 2
+"""
+
+ANALYZED_RUN = """
+--max_frames 8 --frame_size 56 --dataloader_num_workers 0
+--limit 5 --max_completion_length 8 --splits validation_L1 --analyze --heatmaps 2
+"""
+
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def run_python(*arguments):
+    """Runs python with these arguments to its good end -> its output."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def step_loss(completions, beta, epsilon, loss_type, max_length):
-    """README section 9 in plain Python: objects of audit.jsonl -> the step's loss."""
+    """README section 4 in plain Python: objects of audit.jsonl -> the step's loss."""
     completions = [x for x in completions if any(x["mask"])]
-    tokens, loss = sum(map(sum, (x["mask"] for x in completions))), 0.0
+    tokens = sum(sum(x["mask"]) for x in completions)
+
+    loss = 0.0
     for x in completions:
-        for t in (t for t, counts in enumerate(x["mask"]) if counts):
+        A = x["advantage"]
+        weight = {
+            "grpo": 1 / sum(x["mask"]) / len(completions),
+            "dapo": 1 / tokens,
+            "dr_grpo": 1 / (len(completions) * max_length),
+        }[loss_type]
+        counting = [t for t, counts in enumerate(x["mask"]) if counts]
+        for t in counting:
             ratio = math.exp(x["logp"][t] - x["old_logp"][t])
             clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
-            policy = -min(ratio * x["advantage"], clipped * x["advantage"])
+            policy = -min(ratio * A, clipped * A)
             d = x["ref_logp"][t] - x["logp"][t] if beta else 0.0
             kl = math.exp(d) - d - 1
-            weight = {"grpo": 1 / sum(x["mask"]) / len(completions), "dapo": 1 / tokens,
-                      "dr_grpo": 1 / (len(completions) * max_length)}[loss_type]
-            assert ratio == pytest.approx(x["ratio"][t], abs=1e-6)
-            assert policy == pytest.approx(x["loss"][t], abs=1e-6) and weight == pytest.approx(x["weight"][t], abs=1e-9)
-            assert not beta or kl == pytest.approx(x["kl"][t], abs=1e-6)
-            assert x["clip_ratio"][t] == (ratio != clipped and (ratio > clipped) == (x["advantage"] > 0) and x["advantage"] != 0)
+            clip_works = ratio != clipped and (ratio > clipped) == (A > 0) and A != 0
             loss += weight * (policy + beta * kl)
+
+            assert ratio == pytest.approx(x["ratio"][t], abs=1e-6)
+            assert policy == pytest.approx(x["loss"][t], abs=1e-6)
+            assert weight == pytest.approx(x["weight"][t], abs=1e-9)
+            assert not beta or kl == pytest.approx(x["kl"][t], abs=1e-6)
+            assert x["clip_ratio"][t] == clip_works
     return loss
 
 
-@pytest.mark.parametrize("loss_type, beta, more", [
-    ("grpo", 0.5, []), ("dapo", 0.0, ["--num_iterations", "3", "--learning_rate", "3e-2"]),
-    ("dr_grpo", 0.2, ["--num_iterations", "2", "--learning_rate", "1e-2", "--gradient_accumulation_steps", "2"])])
+def check_against_rollouts(completions, rollouts, beta):
+    """A step's completions in audit.jsonl are those of its rows in rollouts.jsonl, each once."""
+    names = []
+    said = []
+    for row in rollouts:
+        for i, completion in enumerate(row["completions"]):
+            names.append((row["sample_id"], i))
+            said.append(completion)
+    assert [(x["sample_id"], x["completion"]) for x in completions] == names
+
+    for x, rollout in zip(completions, said):
+        length = rollout["length"]
+        ids = [i for i, counts in zip(x["ids"], x["mask"]) if counts]
+        assert ids == rollout["ids"]
+        assert x["advantage"] == rollout["advantage"]
+        assert ("log_ratio" in rollout) == (beta > 0)
+        assert len(rollout.get("log_ratio", rollout["ids"])) == length
+        if beta:
+            apart = [a - b for a, b in zip(x["old_logp"], x["ref_logp"])]
+            assert rollout["log_ratio"] == pytest.approx(apart[:length], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "loss_type, beta, more",
+    [
+        ("grpo", 0.5, ""),
+        ("dapo", 0.0, "--num_iterations 3 --learning_rate 3e-2"),
+        ("dr_grpo", 0.2, "--num_iterations 2 --learning_rate 1e-2 --gradient_accumulation_steps 2"),
+    ],
+)
 def test_a_loss_by_calculator(toy, tmp_path, monkeypatch, loss_type, beta, more):
-    """audit.jsonl tells the loss of metrics.jsonl to 1e-6: each completion once, masks, ratios, clips, KL, advantages, weights; and
-    no more steps than asked for."""
-    done = subprocess.run([
-        sys.executable, "-c", REWARDED, ROOT, "--model", toy / "init", "--data_root", toy / "data", "--output_dir", tmp_path / "run",
-        "--max_frames", "4", "--frame_size", "56", "--num_generations", "4", "--max_completion_length", "8", "--max_steps", "3",
-        "--per_device_train_batch_size", "2", "--temperature", "1.5", "--loss_type", loss_type,
-        "--beta", str(beta), "--audit", "2", "--dataloader_num_workers", "0", "--learning_rate", "1e-3", *more],
-        env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    audit, log, rollouts = (rows(tmp_path / f"run/{name}.jsonl") for name in ("audit", "metrics", "rollouts"))
+    """audit.jsonl tells the loss of metrics.jsonl to 1e-6, of no more steps than asked for.
+
+    Each completion once; its mask, ratios, clips, KL, advantage and weights.
+    """
+    out = tmp_path / "run"
+    folders = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", out]
+    flags = f"{AUDITED_RUN} --loss_type {loss_type} --beta {beta} {more}".split()
+    run_python("-c", REWARDED, ROOT, *folders, *flags)
+    audit = rows(out / "audit.jsonl")
+    log = rows(out / "metrics.jsonl")
+    rollouts = rows(out / "rollouts.jsonl")
+
     assert {x["step"] for x in audit} == {1, 2}
     for step in (1, 2):
         mine = [x for x in audit if x["step"] == step]
-        said = [(row["sample_id"], i, x) for row in rollouts if row["step"] == step for i, x in enumerate(row["completions"])]
-        assert [(x["sample_id"], x["completion"]) for x in mine] == [(name, i) for name, i, _ in said]
-        for x, (_, _, rollout) in zip(mine, said):
-            assert [i for i, counts in zip(x["ids"], x["mask"]) if counts] == rollout["ids"] and x["advantage"] == rollout["advantage"]
-            assert ("log_ratio" in rollout) == (beta > 0) and len(rollout.get("log_ratio", rollout["ids"])) == rollout["length"]
-            if beta:
-                apart = [a - b for a, b in zip(x["old_logp"], x["ref_logp"])][:rollout["length"]]
-                assert rollout["log_ratio"] == pytest.approx(apart, abs=1e-4)
+        check_against_rollouts(mine, [row for row in rollouts if row["step"] == step], beta)
         assert len({x["advantage"] for x in mine}) > 3
-        assert step_loss(mine, beta, 0.2, loss_type, 8) == pytest.approx(log[step - 1]["loss"], abs=1e-6)
+        loss = step_loss(mine, beta, 0.2, loss_type, 8)
+        assert loss == pytest.approx(log[step - 1]["loss"], abs=1e-6)
     assert any(any(x["clip_ratio"]) for x in audit) == ("--num_iterations" in more)
-    monkeypatch.setattr(sys, "argv", ["frames.py", str(tmp_path / "run"), "--samples", "3"])
-    frames.main()  # the report's strips: four frames side by side, of the run's own samples that have a video
-    strips = {p.stem: Image.open(p).size for p in (tmp_path / "run/frames").iterdir()}
-    assert strips and set(strips) <= {str(row["sample_id"]) for row in rollouts} and set(strips.values()) == {(4 * 56, 56)}
+
+    # The report's strips: four frames side by side, of the run's own samples that have a video.
+    monkeypatch.setattr(sys, "argv", ["frames.py", str(out), "--samples", "3"])
+    frames.main()
+    strips = {path.stem: Image.open(path).size for path in (out / "frames").iterdir()}
+    assert strips
+    assert set(strips) <= {str(row["sample_id"]) for row in rollouts}
+    assert set(strips.values()) == {(4 * 56, 56)}
+
+
+def check_the_readmes_table(text, x):
+    """The rows of the README's table are the tokens of this completion in audit.jsonl."""
+    table = re.findall(r"^\| \d+ \| `.*(?= \|$)", text, re.M)
+    assert len(table) == sum(x["mask"]) == 9
+    for t, line in enumerate(table):
+        cells = [float(cell) for cell in line.split(" | ")[2:]]
+        logp, ref_logp, d, kl, loss, weight = cells
+        said = dict(logp=logp, ref_logp=ref_logp, kl=kl, loss=loss, weight=weight)
+        assert {key: x[key][t] for key in said} == pytest.approx(said, abs=2e-3)
+        assert weight == pytest.approx(x["weight"][t], abs=1e-6)
+        assert x["ref_logp"][t] - x["logp"][t] == pytest.approx(d, abs=2e-3)
 
 
 def test_the_readmes_step(tmp_path):
     """README section 10's numbers are those of a fresh run of its command."""
     text = (ROOT / "README.md").read_text().partition("## 10. Auditing a step")[2]
     flags = re.search(r"python grpo_video.py (--toy .*) --output_dir", text)[1].split()
-    done = subprocess.run([sys.executable, ROOT / "grpo_video.py", *flags, "--output_dir", tmp_path / "run"],
-                          env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    audit, log = (rows(tmp_path / f"run/{name}.jsonl") for name in ("audit", "metrics"))
+    run_python(ROOT / "grpo_video.py", *flags, "--output_dir", tmp_path / "run")
+    audit = rows(tmp_path / "run/audit.jsonl")
+    log = rows(tmp_path / "run/metrics.jsonl")
+
+    # The group's advantages.
     step, sample = map(int, re.search(r"In step (\d+), sample (\d+)", text).groups())
-    rewards = [float(z) for z in re.search(r"has rewards ([\d, ]+):", text)[1].split(", ")]
-    group = [x for x in audit if x["step"] == step and x["sample_id"] == sample]
-    right, wrong = max(x["advantage"] for x in group), min(x["advantage"] for x in group)
-    assert [x["advantage"] == right for x in group] == [bool(reward) for reward in rewards]
-    assert f"advantage is (1 − 0.375) / (0.5175 + 0.0001) = {right:.4f}, a wrong one's −{-wrong:.4f}." in text
-    x = group[int(re.search(r"Its completion (\d+) is right", text)[1])]
-    cells = [[z.strip() for z in line.split(" | ")[2:]] for line in re.findall(r"^\| \d+ \| `.*(?= \|$)", text, re.M)]
-    assert len(cells) == sum(x["mask"]) == 9 and x["advantage"] == right
-    for t, row in enumerate(cells):
-        logp, ref_logp, d, kl, loss, weight = map(float, row)
-        said = dict(logp=logp, ref_logp=ref_logp, kl=kl, loss=loss, weight=weight)
-        assert {key: x[key][t] for key in said} == pytest.approx(said, abs=2e-3) and weight == pytest.approx(x["weight"][t], abs=1e-6)
-        assert x["ref_logp"][t] - x["logp"][t] == pytest.approx(d, abs=2e-3)
+    rewards = re.search(r"has rewards ([\d, ]+):", text)[1].split(", ")
     mine = [x for x in audit if x["step"] == step]
-    kl = sum(w * k for x in mine for w, k, counts in zip(x["weight"], x["kl"], x["mask"]) if counts)
-    assert len(mine) == 128 and f"Σ weight × KL = {kl:.5f}" in text and f"= {log[step - 1]['loss']:.7f}, the `loss`" in text
-    assert step_loss(mine, 0.01, 0.2, "grpo", 24) == pytest.approx(log[step - 1]["loss"], abs=1e-6)
+    group = [x for x in mine if x["sample_id"] == sample]
+    right = max(x["advantage"] for x in group)
+    wrong = min(x["advantage"] for x in group)
+    assert [x["advantage"] == right for x in group] == [bool(float(z)) for z in rewards]
+    formula = f"advantage is (1 − 0.375) / (0.5175 + 0.0001) = {right:.4f}"
+    assert f"{formula}, a wrong one's −{-wrong:.4f}." in text
+
+    # A completion's tokens.
+    x = group[int(re.search(r"Its completion (\d+) is right", text)[1])]
+    assert x["advantage"] == right
+    check_the_readmes_table(text, x)
+
+    # The step's loss.
+    kl = 0.0
+    for x in mine:
+        columns = zip(x["weight"], x["kl"], x["mask"])
+        kl += sum(w * k for w, k, counts in columns if counts)
+    assert len(mine) == 128
+    assert f"Σ weight × KL = {kl:.5f}" in text
+    assert f"= {log[step - 1]['loss']:.7f}, the `loss`" in text
+    loss = step_loss(mine, 0.01, 0.2, "grpo", 24)
+    assert loss == pytest.approx(log[step - 1]["loss"], abs=1e-6)
 
 
 def test_analyze_through_the_script(toy, tmp_path):
-    """eval_video.py --analyze writes rows, pictures and a summary that holds everything it held without."""
-    done = subprocess.run([
-        sys.executable, ROOT / "eval_video.py", "--model", toy / "init", "--data_root", toy / "data", "--output_dir", tmp_path / "out",
-        "--max_frames", "8", "--frame_size", "56", "--limit", "5", "--max_completion_length", "8", "--splits", "validation_L1",
-        "--dataloader_num_workers", "0", "--analyze", "--heatmaps", "2"], env=os.environ | dict(OMP_NUM_THREADS="1"),
-        capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = rows(tmp_path / "out/analysis_validation_L1.jsonl")
-    assert [x["sample_id"] for x in found] == [x["sample_id"] for x in rows(tmp_path / "out/predictions_validation_L1.jsonl")]
-    summary = json.loads((tmp_path / "out/summary.json").read_text())["validation_L1"]
-    assert summary["total"] == summary["analysis"]["samples"] == 5 and 0 < summary["analysis"]["attention"]["overall"] < 1
-    assert len(list((tmp_path / "out/heatmaps").glob("*.png"))) == 2 and "| attention on vision |" in done.stdout
+    """eval_video.py --analyze writes rows, pictures and a summary with all that it held without."""
+    out = tmp_path / "out"
+    folders = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", out]
+    output = run_python(ROOT / "eval_video.py", *folders, *ANALYZED_RUN.split())
+
+    found = rows(out / "analysis_validation_L1.jsonl")
+    predictions = rows(out / "predictions_validation_L1.jsonl")
+    assert [x["sample_id"] for x in found] == [x["sample_id"] for x in predictions]
+
+    summary = json.loads((out / "summary.json").read_text())["validation_L1"]
+    assert summary["total"] == summary["analysis"]["samples"] == 5
+    assert 0 < summary["analysis"]["attention"]["overall"] < 1
+    assert len(list((out / "heatmaps").glob("*.png"))) == 2
+    assert "| attention on vision |" in output

@@ -1,4 +1,5 @@
-"""Wrong flags, wrong annotations, wrong checkpoints, unreadable media: what the user is told, and what goes on."""
+"""Wrong flags, annotations and checkpoints, unreadable media: what users are told, what goes on."""
+
 import faulthandler
 import importlib
 import json
@@ -29,19 +30,25 @@ from tools import validate
 from toy import make_toy
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
+ENV = os.environ | dict(OMP_NUM_THREADS="1")
 
 
 @pytest.fixture
 def lines(capsys):
-    """lines(call) -> what a call that must end the program with exit code 2 tells the user, a line per problem."""
-    def told(call):
+    """lines(call, *args) -> what a call that must end with exit code 2 says, a line per problem."""
+
+    def told(call, *args):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            call()
-        out, prefix = capsys.readouterr(), f"{Path(sys.argv[0]).name}: error: "
-        told = out.err.splitlines()
-        assert end.value.code == 2 and out.out == "" and all(line.startswith(prefix) for line in told), out.err
-        return [line.removeprefix(prefix) for line in told]
+            call(*args)
+
+        out, err = capsys.readouterr()
+        prefix = f"{Path(sys.argv[0]).name}: error: "
+        assert end.value.code == 2, err
+        assert out == "", err
+        assert all(line.startswith(prefix) for line in err.splitlines()), err
+        return [line.removeprefix(prefix) for line in err.splitlines()]
+
     return told
 
 
@@ -60,44 +67,75 @@ def root(tmp_path):
     return root
 
 
-PLAIN = dict(sample_id=1, video_source="Ego4D", question="What next?", answer="cut", choice_a="cut", choice_b="peel", choice_c="wash",
-             choice_d="dry", golden_choice_idx="A", task_progress_metadata=[dict(narration_text="peel", start_frame=0, stop_frame=7)],
-             video_basename="1.avi", current_observation_basename="1.png")
-DRAWN = {k: v for k, v in PLAIN.items() if k != "golden_choice_idx"} | dict(negative_answers=["peel", "wash", "dry", "stir"])
-CHAT = dict(sample_id=1, response="<think>so</think><answer>A. cut</answer>", prompt=[dict(role="user", content=[
-    dict(type="video", video="videos/Ego4D/1.avi"), dict(type="image", image="images/Ego4D/1.png"), dict(type="text", text="Next?")])])
+PLAIN = dict(
+    sample_id=1,
+    video_source="Ego4D",
+    question="What next?",
+    answer="cut",
+    choice_a="cut",
+    choice_b="peel",
+    choice_c="wash",
+    choice_d="dry",
+    golden_choice_idx="A",
+    task_progress_metadata=[dict(narration_text="peel", start_frame=0, stop_frame=7)],
+    video_basename="1.avi",
+    current_observation_basename="1.png",
+)
+DRAWN = {key: value for key, value in PLAIN.items() if key != "golden_choice_idx"}
+DRAWN["negative_answers"] = ["peel", "wash", "dry", "stir"]
+CONTENT = [
+    dict(type="video", video="videos/Ego4D/1.avi"),
+    dict(type="image", image="images/Ego4D/1.png"),
+    dict(type="text", text="Next?"),
+]
+CHAT = dict(
+    sample_id=1,
+    response="<think>so</think><answer>A. cut</answer>",
+    prompt=[dict(role="user", content=CONTENT)],
+)
 
 
 def write_rows(path, *rows):
-    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
+    """Writes objects as JSON, and bytes as they are, a line each."""
+    coded = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(coded) + b"\n")
     return path
 
 
-# ---- Flags ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flags, expected", [
-    ("--learning_rat 1", ["--learning_rat"]),
-    ("--temp 0.5", ["--temp"]),  # no abbreviations: a new flag would change what they mean
-    ("stray", ["stray"]),
-    ("--num_generations 1", ["--num_generations 1: must be a number at least 2"]),
-    ("--temperature 0", ["--temperature 0.0: must be a number above 0"]),
-    ("--max_frames 1", ["--max_frames 1: must be a number at least 2"]),
-    ("--learning_rate=-1e-6", ["--learning_rate -1e-06: must be a number above 0"]),
-    ("--learning_rate inf", ["--learning_rate inf: must be a number above 0"]),
-    ("--beta nan", ["--beta nan: must be a number at least 0"]),
-    ("--warmup_ratio 2", ["--warmup_ratio 2.0: must be a number at most 1"]),
-    ("--epsilon_high 0", ["--epsilon_high 0.0: must be a number above 0"]),
-    ("--loss_type ppo", ["--loss_type.* invalid choice: 'ppo' .choose from .*dr_grpo"]),
-    ("--num_generations many", ["--num_generations.* invalid int value: 'many'"]),
-    ("--num_generations 2.5", ["--num_generations.* invalid int value: '2.5'"]),
-    ("--seed", ["--seed.* expected one argument"]),
-    ("--scale_rewards maybe", ["--scale_rewards"]),
-    ("--toy --fps 0", ["--fps 0.0: must be a number above 0"]),
-    ("--num_generations 0 --temperature -1 --max_frames 0 --fps nan", ["--num_generations 0", "--temperature -1.0", "--max_frames 0",
-                                                                      "--fps nan"]),
-])
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--learning_rat 1", ["--learning_rat"]),
+        ("--temp 0.5", ["--temp"]),  # no abbreviations: a new flag would change what they mean
+        ("stray", ["stray"]),
+        ("--num_generations 1", ["--num_generations 1: must be a number at least 2"]),
+        ("--temperature 0", ["--temperature 0.0: must be a number above 0"]),
+        ("--max_frames 1", ["--max_frames 1: must be a number at least 2"]),
+        ("--learning_rate=-1e-6", ["--learning_rate -1e-06: must be a number above 0"]),
+        ("--learning_rate inf", ["--learning_rate inf: must be a number above 0"]),
+        ("--beta nan", ["--beta nan: must be a number at least 0"]),
+        ("--warmup_ratio 2", ["--warmup_ratio 2.0: must be a number at most 1"]),
+        ("--epsilon_high 0", ["--epsilon_high 0.0: must be a number above 0"]),
+        ("--loss_type ppo", ["--loss_type.* invalid choice: 'ppo' .choose from .*dr_grpo"]),
+        ("--num_generations many", ["--num_generations.* invalid int value: 'many'"]),
+        ("--num_generations 2.5", ["--num_generations.* invalid int value: '2.5'"]),
+        ("--seed", ["--seed.* expected one argument"]),
+        ("--scale_rewards maybe", ["--scale_rewards"]),
+        ("--toy --fps 0", ["--fps 0.0: must be a number above 0"]),
+        (
+            "--num_generations 0 --temperature -1 --max_frames 0 --fps nan",
+            ["--num_generations 0", "--temperature -1.0", "--max_frames 0", "--fps nan"],
+        ),
+    ],
+)
 def test_wrong_flags(lines, flags, expected):
-    """An unknown flag or an impossible value: one line per problem, naming the flag and what would be right."""
-    told = lines(lambda: g.parse_config(g.Config, g.TOY, flags.split()))
+    """An unknown flag or an impossible value: one line per problem, with the flag and the rule."""
+    told = lines(g.parse_config, g.Config, g.TOY, flags.split())
     assert len(told) == len(expected)
     for word in expected:
         assert any(re.search(word, line) for line in told), told
@@ -105,45 +143,71 @@ def test_wrong_flags(lines, flags, expected):
 
 @pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
 def test_every_number_has_limits(lines, script):
-    """No number may be NaN, infinite or far below zero: such a value would pass silently into a long run."""
-    for f in fields(script.Config):
-        if f.type in (int, float) or "float" in str(f.type):
-            for value in ["-99"] if f.type is int else ["-99", "nan", "inf"]:
-                assert f"--{f.name} " in lines(lambda: script.parse_config(script.Config, {}, [f"--{f.name}={value}"]))[0]
+    """No number may be NaN, infinite or far below zero: it would pass silently into a long run."""
+    for field in fields(script.Config):
+        if field.type is int:
+            values = ["-99"]
+        elif "float" in str(field.type):
+            values = ["-99", "nan", "inf"]
+        else:
+            values = []
+
+        for value in values:
+            flags = [f"--{field.name}={value}"]
+            told = lines(script.parse_config, script.Config, {}, flags)
+            assert f"--{field.name} " in told[0]
 
 
 def test_good_flags_pass():
-    """The defaults are within their own limits, the toy's too, flags win over the toy's, and bools can be switched off."""
+    """The defaults are within their own limits, the toy's too.
+
+    Flags win over the toy's, and bools can be switched off.
+    """
+    flags = "--toy --max_frames 4 --gradient_checkpointing true".split()
+    values = dict(toy=True, max_frames=4, gradient_checkpointing=True)
     for script in (g, sft_video):
         assert script.parse_config(script.Config, script.TOY, []) == script.Config()
-        toy = script.parse_config(script.Config, script.TOY, ["--toy", "--max_frames", "4", "--gradient_checkpointing", "true"])
-        assert toy == script.Config(**script.TOY | dict(toy=True, max_frames=4, gradient_checkpointing=True))
-    flags = ["--epsilon_high", "0.28", "--scale_rewards", "false"]
-    assert g.parse_config(g.Config, g.TOY, flags) == g.Config(epsilon_high=0.28, scale_rewards=False)
+        toy = script.parse_config(script.Config, script.TOY, flags)
+        assert toy == script.Config(**script.TOY | values)
+
+    flags = "--epsilon_high 0.28 --scale_rewards false".split()
+    expected = g.Config(epsilon_high=0.28, scale_rewards=False)
+    assert g.parse_config(g.Config, g.TOY, flags) == expected
 
 
 @pytest.mark.parametrize("script", ["grpo_video.py", "sft_video.py"])
 def test_a_wrong_flag_as_the_shell_sees_it(tmp_path, script):
-    """Exit code 2, the script's name and the problems on stderr, nothing else, no traceback, no output folder."""
-    done = subprocess.run([sys.executable, ROOT / script, "--learning_rate", "0", "--output_dir", tmp_path / "run", "--max_frames", "1"],
-                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    """Exit code 2, the script's name and the problems on stderr, no traceback, no output folder."""
+    out = tmp_path / "run"
+    flags = ["--learning_rate", "0", "--output_dir", out, "--max_frames", "1"]
+    command = [sys.executable, ROOT / script, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+
     told = [line for line in done.stderr.splitlines() if "requires torchvision" not in line]
-    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
-    assert told == [f"{script}: error: --{problem}" for problem in ("learning_rate 0.0: must be a number above 0",
-                                                                    "max_frames 1: must be a number at least 2")]
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert not out.exists()
+    assert told == [
+        f"{script}: error: --max_frames 1: must be a number at least 2",
+        f"{script}: error: --learning_rate 0.0: must be a number above 0",
+    ]
 
 
-# ---- Annotations ----------------------------------------------------------------------------------------------------
+# ---- Annotations ---------------------------------------------------------------------------------
 def test_missing_annotations(lines, tmp_path):
     """No annotation file: its path, the hub's data set, and the way without any download."""
-    told = "\n".join(lines(lambda: g.load_records(tmp_path / "training_6k.jsonl", tmp_path)))
+    told = "\n".join(lines(g.load_records, tmp_path / "training_6k.jsonl", tmp_path))
     for word in (str(tmp_path / "training_6k.jsonl"), "TencentARC/SEED-Bench-R1", "--toy"):
         assert word in told
-    assert "no such annotation file" in lines(lambda: g.load_records(tmp_path, tmp_path))[0]  # a folder is none
+
+    # A folder is no annotation file either.
+    assert "no such annotation file" in lines(g.load_records, tmp_path, tmp_path)[0]
 
 
 def bad(row=PLAIN, without="", **changes):
-    return {k: v for k, v in (row | dict(sample_id=2) | changes).items() if k != without}
+    """A row with another sample_id, without one key, and with some values changed."""
+    changed = row | dict(sample_id=2) | changes
+    return {key: value for key, value in changed.items() if key != without}
 
 
 def chat(*content):
@@ -157,16 +221,23 @@ BAD_ROWS = {  # name: (the line, what the message must say)
     "a list": ([PLAIN], "must be an object"),
     "a number": (b"7", "must be an object"),
     "null": (b"null", "must be an object"),
-    "nested without end": (b"[" * 10 ** 5, ""),
-    "10 MB of junk": (b'{"sample_id": 2, "question": "' + b"x" * 10 ** 7, ""),
-    "10 MB where a letter belongs": (bad(golden_choice_idx="x" * 10 ** 7), "golden_choice_idx"),
+    "nested without end": (b"[" * 10**5, ""),
+    "10 MB of junk": (b'{"sample_id": 2, "question": "' + b"x" * 10**7, ""),
+    "10 MB where a letter belongs": (bad(golden_choice_idx="x" * 10**7), "golden_choice_idx"),
     "no sample_id": (bad(without="sample_id"), "sample_id"),
     "sample_id null": (PLAIN | dict(sample_id=None), "sample_id"),
     "sample_id a list": (PLAIN | dict(sample_id=[2]), "sample_id"),
     "sample_id again": (PLAIN, "line 1's already"),
     "sample_id again, as text": (PLAIN | dict(sample_id="1"), "line 1's already"),
-    **{f"no {key}": (bad(without=key), key) for key in PLAIN if key not in ("sample_id", "answer", "golden_choice_idx")},
-    **{f"{key} null": (bad(**{key: None}), key) for key in ("question", "choice_b", "video_source", "task_progress_metadata")},
+    **{
+        f"no {key}": (bad(without=key), key)
+        for key in PLAIN
+        if key not in ("sample_id", "answer", "golden_choice_idx")
+    },
+    **{
+        f"{key} null": (bad(**{key: None}), key)
+        for key in ("question", "choice_b", "video_source", "task_progress_metadata")
+    },
     "question a number": (bad(question=5), "question"),
     "empty choice": (bad(choice_c=" "), "choice_c"),
     "gold E": (bad(golden_choice_idx="E"), "golden_choice_idx 'E' must be A, B, C or D"),
@@ -176,8 +247,14 @@ BAD_ROWS = {  # name: (the line, what the message must say)
     "no negatives": (bad(DRAWN, "negative_answers"), "negative_answers"),
     "two negatives": (bad(DRAWN, negative_answers=["peel", "wash"]), "at least 3"),
     "a negative twice": (bad(DRAWN, negative_answers=["peel", "wash", "wash"]), "at least 3"),
-    "the answer among three negatives": (bad(DRAWN, negative_answers=["peel", "cut", "wash"]), "at least 3"),
-    "an empty negative": (bad(DRAWN, negative_answers=["peel", "wash", "dry", ""]), "negative_answers"),
+    "the answer among three negatives": (
+        bad(DRAWN, negative_answers=["peel", "cut", "wash"]),
+        "at least 3",
+    ),
+    "an empty negative": (
+        bad(DRAWN, negative_answers=["peel", "wash", "dry", ""]),
+        "negative_answers",
+    ),
     "negatives in one string": (bad(DRAWN, negative_answers="peel wash dry"), "negative_answers"),
     "no answer": (bad(DRAWN, "answer"), "answer"),
     "progress not a list": (bad(task_progress_metadata="some"), "task_progress_metadata"),
@@ -192,7 +269,10 @@ BAD_ROWS = {  # name: (the line, what the message must say)
     "a name with a zero": (bad(video_basename="a\0.avi"), "null"),
     "special token": (bad(question="<|video_pad|>?"), "special token"),
     "special token in a choice": (bad(choice_a="cut<|im_end|>"), "special token"),
-    "special token, escaped": (json.dumps(bad(question="<|video_pad|>?")).replace("<", r"\u003c").encode(), "special token"),
+    "special token, escaped": (
+        json.dumps(bad(question="<|video_pad|>?")).replace("<", r"\u003c").encode(),
+        "special token",
+    ),
     "half a character": (bad(question="\ud83d?"), ""),
 }
 BAD_CHAT_ROWS = {
@@ -208,55 +288,86 @@ BAD_CHAT_ROWS = {
     "absolute path": (chat(dict(type="image", image="/etc/passwd")), "leaves the data root"),
     "no response": (bad(CHAT, "response"), "response"),
     "empty response": (bad(CHAT, response=""), "response"),
-    "special token in the response": (bad(CHAT, response="<answer>A</answer><|im_end|>"), "special token"),
+    "special token in the response": (
+        bad(CHAT, response="<answer>A</answer><|im_end|>"),
+        "special token",
+    ),
 }
+BAD_ROW_CASES = [
+    pytest.param(PLAIN, g.parse_record, *case, id=name) for name, case in BAD_ROWS.items()
+]
+BAD_ROW_CASES += [
+    pytest.param(CHAT, sft_video.parse_chat, *case, id=f"chat: {name}")
+    for name, case in BAD_CHAT_ROWS.items()
+]
 
 
-@pytest.mark.parametrize("good, parse, row, word", [
-    *(pytest.param(PLAIN, g.parse_record, *case, id=name) for name, case in BAD_ROWS.items()),
-    *(pytest.param(CHAT, sft_video.parse_chat, *case, id=f"chat: {name}") for name, case in BAD_CHAT_ROWS.items())])
+@pytest.mark.parametrize("good, parse, row, word", BAD_ROW_CASES)
 def test_a_bad_row(lines, root, good, parse, row, word):
     """Before any training: one short line with file:line, sample_id and what is wrong."""
-    path, start = write_rows(root / "rows.jsonl", good, row), time.perf_counter()
-    told = [line for line in lines(lambda: g.load_records(path, root, parse)) if f"{path}:2: " in line]
-    assert len(told) == 1 and f"{path}:2: sample_id " in told[0] and word in told[0]
-    assert len(told[0]) < 1000 + len(str(root)) or "too long" in told[0]
+    path = write_rows(root / "rows.jsonl", good, row)
+    start = time.perf_counter()
+    told = lines(g.load_records, path, root, parse)
+
+    told = [line for line in told if f"{path}:2: " in line]
+    assert len(told) == 1
+    line = told[0]
+    assert f"{path}:2: sample_id " in line
+    assert word in line
+    assert len(line) < 1000 + len(str(root)) or "too long" in line
     if isinstance(row, dict) and isinstance(row.get("sample_id"), (int, str)):
-        assert f": sample_id {row['sample_id']}: " in told[0]
+        assert f": sample_id {row['sample_id']}: " in line
     assert time.perf_counter() - start < 5
 
 
 def test_many_bad_rows(lines, root):
     """All bad rows are reported in one go: 20 lines and the count; exactly 20 need no count."""
+    path = root / "rows.jsonl"
     rows = [PLAIN | dict(sample_id=f"uuid_{n}", question=None) for n in range(45)]
-    told = lines(lambda: g.load_records(write_rows(root / "rows.jsonl", *rows), root))
-    assert len(told) == 21 and "45" in told[20]
-    assert [f"{root}/rows.jsonl:{n + 1}: sample_id uuid_{n}: " in line for n, line in enumerate(told[:20])] == [True] * 20
-    assert len(lines(lambda: g.load_records(write_rows(root / "rows.jsonl", *rows[:20]), root))) == 20
+    write_rows(path, *rows)
+    told = lines(g.load_records, path, root)
+    assert len(told) == 21
+    assert "45" in told[20]
+    for n, line in enumerate(told[:20]):
+        assert f"{path}:{n + 1}: sample_id uuid_{n}: " in line
+
+    write_rows(path, *rows[:20])
+    assert len(lines(g.load_records, path, root)) == 20
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_an_empty_file(lines, root, content):
     """A file without records is an error, not a training run of no steps."""
-    (root / "rows.jsonl").write_bytes(content)
-    assert lines(lambda: g.load_records(root / "rows.jsonl", root)) == [f"{root}/rows.jsonl: holds no records"]
+    path = root / "rows.jsonl"
+    path.write_bytes(content)
+    assert lines(g.load_records, path, root) == [f"{path}: holds no records"]
 
 
 def test_rows_that_look_bad_but_are_not(root):
-    """A byte-order mark, CRLF, blank lines, other alphabets, unknown fields pass; an answer among enough negatives is no negative."""
-    rows = [PLAIN, PLAIN | dict(sample_id="é🙂", question="切る\u2028?", extra=None),
-            PLAIN | dict(sample_id=3, video_basename="inner.avi"),
-            DRAWN | dict(sample_id=4, negative_answers=["peel", "cut", "wash", "dry"]), DRAWN | dict(sample_id=5, golden_choice_idx=None)]
+    """A byte-order mark, CRLF, blank lines, other alphabets and unknown fields pass.
+
+    An answer among enough negatives is no negative.
+    """
+    rows = [
+        PLAIN,
+        PLAIN | dict(sample_id="é🙂", question="切る\u2028?", extra=None),
+        PLAIN | dict(sample_id=3, video_basename="inner.avi"),
+        DRAWN | dict(sample_id=4, negative_answers=["peel", "cut", "wash", "dry"]),
+        DRAWN | dict(sample_id=5, golden_choice_idx=None),
+    ]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
     (root / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\n\n")
+
     records = g.load_records(root / "rows.jsonl", root)
-    assert [r["sample_id"] for r in records] == [1, "é🙂", 3, 4, 5] and records[1]["question"] == "切る\u2028?"
+    assert [r["sample_id"] for r in records] == [1, "é🙂", 3, 4, 5]
+    assert records[1]["question"] == "切る\u2028?"
     for epoch in range(30):
         choices, gold = g.choose(records[3], 42, epoch)
-        assert sorted(choices) == ["cut", "dry", "peel", "wash"] and choices["ABCD".index(gold)] == "cut"
+        assert sorted(choices) == ["cut", "dry", "peel", "wash"]
+        assert choices["ABCD".index(gold)] == "cut"
 
 
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -268,6 +379,25 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors")
 
 
+def write_pointer(folder):
+    """What is there in place of the weights after a clone without Git LFS."""
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    (folder / "model.safetensors").write_text(pointer)
+
+
+def drop_norm(folder):
+    change_weights(folder, lambda weights: weights.pop("model.norm.weight"))
+
+
+def add_extra(folder):
+    change_weights(folder, lambda weights: weights.update(extra=torch.zeros(1)))
+
+
+def remove_files(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
 BAD_CHECKPOINTS = {
     "another architecture": (lambda f: change_config(f, model_type="llama"), "'llama'"),
     "an unknown architecture": (lambda f: change_config(f, model_type="no_such_model"), ""),
@@ -275,138 +405,246 @@ BAD_CHECKPOINTS = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), ""),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 5000), ""),
-    "weights of text": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), ""),
-    "a tensor too few": (lambda f: change_weights(f, lambda w: w.pop("model.norm.weight")), "model.norm.weight"),
-    "a tensor too many": (lambda f: change_weights(f, lambda w: w.update(extra=torch.zeros(1))), "extra"),
+    "weights of text": (write_pointer, ""),
+    "a tensor too few": (drop_norm, "model.norm.weight"),
+    "a tensor too many": (add_extra, "extra"),
     "another width": (lambda f: change_config(f, intermediate_size=96), "must be [64, 96]"),
-    "empty": (lambda f: [file.unlink() for file in f.iterdir()], ""),
+    "empty": (remove_files, ""),
 }
 
 
 @pytest.mark.parametrize("damage, word", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
 def test_a_bad_checkpoint(lines, toy, tmp_path, damage, word):
-    """A folder that is no Qwen2-VL, or half of one, is named with --model and what is wrong: by name, if it is a tensor."""
-    shutil.copytree(toy / "init", tmp_path / "model")
-    damage(tmp_path / "model")
-    told = lines(lambda: g.load_model(tmp_path / "model", CPU, torch.float32))
-    assert all(line.startswith(f"--model {tmp_path / 'model'}: ") for line in told) and word in told[0]
+    """A folder that is no Qwen2-VL, or half of one, is named with --model and what is wrong.
+
+    A tensor that is wrong is named too.
+    """
+    model = tmp_path / "model"
+    shutil.copytree(toy / "init", model)
+    damage(model)
+    told = lines(g.load_model, model, CPU, torch.float32)
+    assert all(line.startswith(f"--model {model}: ") for line in told)
+    assert word in told[0]
 
 
 def test_no_model_and_no_hub(lines, monkeypatch):
-    """A model that is neither a folder nor to be had from the hub: how to get the paper's, and the way without any."""
+    """No folder, and not to be had from the hub: how to get the paper's, and the way without."""
+
     def offline(*args, **kwargs):
         raise OSError("offline\nand so on")
 
     monkeypatch.setattr(g, "snapshot_download", offline)
-    told = "\n".join(lines(lambda: g.find_model("no/such-model")))
-    assert "--model no/such-model" in told and "Qwen/Qwen2-VL-7B-Instruct" in told and "--toy" in told and "and so on" not in told
+    told = "\n".join(lines(g.find_model, "no/such-model"))
+    assert "--model no/such-model" in told
+    assert "Qwen/Qwen2-VL-7B-Instruct" in told
+    assert "--toy" in told
+    assert "and so on" not in told
 
 
-# ---- Media ----------------------------------------------------------------------------------------------------------
+# ---- Media ---------------------------------------------------------------------------------------
 def avi(folder, frames=FRAMES, declared=None):
     """-> the bytes of an AVI file, whose headers may declare another number of frames."""
     make_toy.write_avi(folder / "made.avi", frames)
     data = bytearray((folder / "made.avi").read_bytes())
     if declared is not None:
+        # The number stands in two headers, 16 and 32 bytes behind their 8 bytes of name and size.
         struct.pack_into("<I", data, data.find(b"avih") + 8 + 16, declared)
         struct.pack_into("<I", data, data.find(b"strh") + 8 + 32, declared)
     return bytes(data)
 
 
 def png(folder, *shape):
+    """-> the bytes of a PNG file of this height and width."""
     Image.fromarray(np.resize(FRAMES, (*shape, 3))).save(folder / "made.png")
     return (folder / "made.png").read_bytes()
 
 
+def png_bomb(folder):
+    """A PNG of one pixel, which declares 10^10."""
+    size = struct.pack(">2I", 1, 1)
+    declared = struct.pack(">2I", 10**5, 10**5)
+    return png(folder, 1, 1).replace(size, declared)
+
+
+def cut_mp4(folder):
+    """The start of an MP4 file, whose second box is longer than the file."""
+    kind = struct.pack(">I4s4sI4s", 20, b"ftyp", b"isom", 512, b"isom")
+    index = struct.pack(">I4s", 9999, b"moov")
+    return kind + index + bytes(99)
+
+
 def load(toy, media, **changes):
     """-> the sample of a record with these media, decoded as in training."""
-    tokenizer, config = AutoTokenizer.from_pretrained(toy / "init"), AutoConfig.from_pretrained(toy / "init")
-    record = dict(sample_id="uuid_1", domain="all", question="What next?", choices=["cut", "peel", "wash", "dry"], gold="A", media=media)
-    return g.VideoDataset([record], tokenizer, config, g.Config(**dict(frame_size=56, max_frames=8, decode_timeout=5.0) | changes))[0]
+    record = dict(
+        sample_id="uuid_1",
+        domain="all",
+        question="What next?",
+        choices=["cut", "peel", "wash", "dry"],
+        gold="A",
+        media=media,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(toy / "init")
+    config = AutoConfig.from_pretrained(toy / "init")
+    settings = g.Config(**dict(frame_size=56, max_frames=8, decode_timeout=5.0) | changes)
+    return g.VideoDataset([record], tokenizer, config, settings)[0]
 
 
-@pytest.mark.parametrize("name, make", [
-    ("empty.avi", lambda folder: b""),
-    ("text.avi", lambda folder: b"this is no video\n" * 99),
-    ("cut_in_the_header.avi", lambda folder: avi(folder)[:100]),
-    ("cut_in_a_frame.avi", lambda folder: avi(folder)[:-20000]),
-    ("zero_frames.avi", lambda folder: avi(folder, FRAMES[:0])),
-    ("an_image.avi", lambda folder: b"\x89PNG" + bytes(range(256)) * 9),
-    ("huge.avi", lambda folder: avi(folder, declared=2 ** 31 - 1)),
-    ("empty.png", lambda folder: b""),
-    ("text.png", lambda folder: b"this is no image\n" * 99),
-    ("cut.png", lambda folder: png(folder, 56, 56)[:2000]),
-    ("bomb.png", lambda folder: png(folder, 1, 1).replace(struct.pack(">2I", 1, 1), struct.pack(">2I", 10 ** 5, 10 ** 5))),
-    ("gone.avi", None),
-    ("text.mp4", lambda folder: b"this is no video\n" * 99),
-    ("cut.mp4", lambda folder: struct.pack(">I4s4sI4s", 20, b"ftyp", b"isom", 512, b"isom") + struct.pack(">I4s", 9999, b"moov") + bytes(99)),
-])
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("empty.avi", lambda folder: b""),
+        ("text.avi", lambda folder: b"this is no video\n" * 99),
+        ("cut_in_the_header.avi", lambda folder: avi(folder)[:100]),
+        ("cut_in_a_frame.avi", lambda folder: avi(folder)[:-20000]),
+        ("zero_frames.avi", lambda folder: avi(folder, FRAMES[:0])),
+        ("an_image.avi", lambda folder: b"\x89PNG" + bytes(range(256)) * 9),
+        ("huge.avi", lambda folder: avi(folder, declared=2**31 - 1)),
+        ("empty.png", lambda folder: b""),
+        ("text.png", lambda folder: b"this is no image\n" * 99),
+        ("cut.png", lambda folder: png(folder, 56, 56)[:2000]),
+        ("bomb.png", png_bomb),
+        ("gone.avi", None),
+        ("text.mp4", lambda folder: b"this is no video\n" * 99),
+        ("cut.mp4", cut_mp4),
+    ],
+)
 def test_unreadable_media(toy, tmp_path, monkeypatch, name, make):
-    """Trap 13: {sample_id, error} with the path and the cause in one line, soon; no pixels and no prompt."""
-    decode = g.VideoDataset.decode  # decord aborts on one of these: in the child, pytest need not print a stack for it
-    monkeypatch.setattr(g.VideoDataset, "decode", lambda *args: (faulthandler.disable(), decode(*args))[1])
+    """Trap 13: {sample_id, error} with the path and the cause in one line, soon.
+
+    There are no pixels and no prompt.
+    """
+    decode = g.VideoDataset.decode
+
+    # decord aborts on one of these: in the child, pytest need not print a stack for it.
+    def decode_quietly(*args):
+        faulthandler.disable()
+        return decode(*args)
+
+    monkeypatch.setattr(g.VideoDataset, "decode", decode_quietly)
+    path = tmp_path / name
     if make:
-        (tmp_path / name).write_bytes(make(tmp_path))
-    start, sample = time.perf_counter(), load(toy, [("image" if name.endswith("png") else "video", tmp_path / name)])
-    assert sample["sample_id"] == "uuid_1" and str(tmp_path / name) in sample["error"] and "\n" not in sample["error"]
-    assert not {"patches", "ids", "text"} & set(sample) and time.perf_counter() - start < 5
+        path.write_bytes(make(tmp_path))
+    kind = "image" if name.endswith("png") else "video"
+    start = time.perf_counter()
+    sample = load(toy, [(kind, path)])
+
+    assert sample["sample_id"] == "uuid_1"
+    assert str(path) in sample["error"]
+    assert "\n" not in sample["error"]
+    assert not {"patches", "ids", "text"} & set(sample)
+    assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("name, word", [("secret.avi", "error reading"), ("fifo.avi", "decoding took over 1.0 s")])
+@pytest.mark.parametrize(
+    "name, word", [("secret.avi", "error reading"), ("fifo.avi", "decoding took over 1.0 s")]
+)
 def test_media_that_cannot_be_read(name, word):
-    """Unreadable permissions are told; a pipe that took the file's place and never answers ends at the time limit (trap 14)."""
+    """Unreadable permissions are told; a pipe that never answers ends at the time limit.
+
+    Trap 14: such a pipe may have taken the file's place.
+    """
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
         os.chmod(folder, 0o755)
-        path, user = Path(folder, name), os.geteuid()
-        os.mkfifo(path) if name == "fifo.avi" else path.write_bytes(b"")
-        os.chmod(path, 0o666 if name == "fifo.avi" else 0)
+        path = Path(folder, name)
+        if name == "fifo.avi":
+            os.mkfifo(path)
+            os.chmod(path, 0o666)
+        else:
+            path.write_bytes(b"")
+            os.chmod(path, 0)
+
+        user = os.geteuid()
         try:
             os.seteuid(user or 65534)  # root reads everything
             result, problem = g.Decoder(g.read_media, 1.0)("video", path, 56, 2.0, 8)
         finally:
             os.seteuid(user)
-        assert result is None and word in problem.lower(), problem
+        assert result is None, problem
+        assert word in problem.lower(), problem
 
 
-@pytest.mark.parametrize("data, frames", [
-    (lambda folder: avi(folder, FRAMES[:1]), [0, 0, 0, 0]),
-    (lambda folder: avi(folder, FRAMES[:3]), [0, 1, 1, 2]),
-    (lambda folder: avi(folder, declared=5000), [0, 1, 2, 3, 4, 5, 6, 7]),
-    (lambda folder: avi(folder, declared=1), [0, 1, 2, 3, 4, 5, 6, 7]),
-], ids=["one frame", "three frames", "declares 5000", "declares 1"])
+@pytest.mark.parametrize(
+    "data, frames",
+    [
+        (lambda folder: avi(folder, FRAMES[:1]), [0, 0, 0, 0]),
+        (lambda folder: avi(folder, FRAMES[:3]), [0, 1, 1, 2]),
+        (lambda folder: avi(folder, declared=5000), [0, 1, 2, 3, 4, 5, 6, 7]),
+        (lambda folder: avi(folder, declared=1), [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+    ids=["one frame", "three frames", "declares 5000", "declares 1"],
+)
 def test_odd_but_readable_videos(toy, tmp_path, data, frames):
-    """Trap 14: a short video repeats its own frames; a header that miscounts changes nothing, as every frame is read."""
+    """Trap 14: a short video repeats its own frames, and a header that miscounts changes nothing.
+
+    Every frame is read, whatever the header says.
+    """
     (tmp_path / "clip.avi").write_bytes(data(tmp_path))
     sample = load(toy, [("video", tmp_path / "clip.avi")])
     vision = AutoConfig.from_pretrained(toy / "init").vision_config
-    assert torch.equal(sample["patches"], g.to_patches(torch.from_numpy(FRAMES[frames]), vision)[0])
+    patches, _ = g.to_patches(torch.from_numpy(FRAMES[frames]), vision)
+    assert torch.equal(sample["patches"], patches)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (30, 500), (720, 1280)])
 def test_images_of_another_size(toy, tmp_path, shape):
     """An image of the wrong size is resized to the frame size."""
     (tmp_path / "now.png").write_bytes(png(tmp_path, *shape))
-    assert load(toy, [("image", tmp_path / "now.png")], frame_size=84)["grids"] == [(1, 6, 6)]
+    sample = load(toy, [("image", tmp_path / "now.png")], frame_size=84)
+    assert sample["grids"] == [(1, 6, 6)]
 
 
-# ---- Runs -----------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def run(toy, tmp_path, monkeypatch, capsys):
-    """run(script, **flags) -> (exit code, stderr, output_dir) of its main() on 8 records, sample_ids 0 to 7; run.videos are their
-    videos, run.order is how the first epoch takes them."""
-    data, handlers = tmp_path / "data", {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+# ---- Runs ----------------------------------------------------------------------------------------
+def make_data(data):
+    """Writes 8 records with their videos, as plain rows and as chat rows -> the plain rows."""
     (data / "annotations").mkdir(parents=True)
     split = make_toy.SPLITS["training_6k"]._replace(size=8)
     rows = make_toy.make_split("training_6k", split, data, np.random.default_rng(0))
+    chats = [make_toy.sft_row(row, 0, row["sample_id"]) for row in rows]
     write_rows(data / "annotations/training_6k.jsonl", *rows)
-    write_rows(data / "annotations/training_with_cot_6k.jsonl", *(make_toy.sft_row(row, 0, row["sample_id"]) for row in rows))
+    write_rows(data / "annotations/training_with_cot_6k.jsonl", *chats)
+    return rows
+
+
+def first_order(data, model):
+    """The sample_ids as the first epoch takes them."""
+    dataset = g.VideoDataset(
+        g.load_records(data / "annotations/training_6k.jsonl", data),
+        AutoTokenizer.from_pretrained(model),
+        AutoConfig.from_pretrained(model),
+        g.Config(frame_size=56, max_frames=4),
+    )
+    return [dataset[position]["sample_id"] for position in range(8)]
+
+
+@pytest.fixture
+def run(toy, tmp_path, monkeypatch, capsys):
+    """run(script, **flags) -> (exit code, stderr, output_dir) of its main() on 8 records.
+
+    Their sample_ids are 0 to 7. run.videos are their videos, run.order is how the first epoch
+    takes them, run.stdout is what the last run printed.
+    """
+    data = tmp_path / "data"
+    rows = make_data(data)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    common = dict(
+        model=toy / "init",
+        data_root=data,
+        output_dir=tmp_path / "run",
+        frame_size=56,
+        max_frames=4,
+        dataloader_num_workers=0,
+        gradient_checkpointing=False,
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def main(script, **flags):
-        few = dict(num_generations=2, max_completion_length=3) if script is g else dict(gradient_accumulation_steps=1)
-        flags = dict(model=toy / "init", data_root=data, output_dir=tmp_path / "run", frame_size=56, max_frames=4,
-                     dataloader_num_workers=0, gradient_checkpointing=False) | few | flags
-        monkeypatch.setattr(sys, "argv", [script.__file__, *(f"--{key}={value}" for key, value in flags.items())])
+        small = dict(gradient_accumulation_steps=1)
+        if script is g:
+            small = dict(num_generations=2, max_completion_length=3)
+        flags = common | small | flags
+        words = [f"--{key}={value}" for key, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", [script.__file__, *words])
         capsys.readouterr()
         try:
             script.main()
@@ -418,144 +656,228 @@ def run(toy, tmp_path, monkeypatch, capsys):
                 torch.distributed.destroy_process_group()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
         main.stdout, err = capsys.readouterr()
         return code, err, Path(flags["output_dir"])
+
     main.videos = [data / "videos/EpicKitchens" / row["video_basename"] for row in rows]
-    dataset = g.VideoDataset(g.load_records(data / "annotations/training_6k.jsonl", data), AutoTokenizer.from_pretrained(toy / "init"),
-                             AutoConfig.from_pretrained(toy / "init"), g.Config(frame_size=56, max_frames=4))
-    main.order = [dataset[p]["sample_id"] for p in range(8)]  # of the first epoch
+    main.order = first_order(data, toy / "init")
     return main
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_a_run_over_bad_samples_goes_on(run):
-    """Trap 13: two unreadable videos are reported with sample_id, path and cause, counted in metrics.jsonl, and left out; all the
-    other samples are trained on."""
+    """Trap 13: two unreadable videos are reported, counted in metrics.jsonl, and left out.
+
+    The report has sample_id, path and cause. All the other samples are trained on.
+    """
     bad = (1, 6)
-    for n, content in zip(bad, (b"", b"no video\n" * 99)):
-        run.videos[n].write_bytes(content)
+    run.videos[1].write_bytes(b"")
+    run.videos[6].write_bytes(b"no video\n" * 99)
     code, err, out = run(g, per_device_train_batch_size=4, max_bad_samples=2)
+
     assert code == 0, err
     for n in bad:
-        assert len([line for line in err.splitlines() if f"sample_id {n} left out: " in line and str(run.videos[n]) in line]) == 1
-    log, rollouts = read_rows(out / "metrics.jsonl"), read_rows(out / "rollouts.jsonl")
-    assert sum(row["bad_samples"] for row in log) == 2 and [row["step"] for row in log] == [1, 2]
+        told = [line for line in err.splitlines() if f"sample_id {n} left out: " in line]
+        assert len([line for line in told if str(run.videos[n]) in line]) == 1
+    log = read_rows(out / "metrics.jsonl")
+    rollouts = read_rows(out / "rollouts.jsonl")
+    assert sum(row["bad_samples"] for row in log) == 2
+    assert [row["step"] for row in log] == [1, 2]
     assert sorted(row["sample_id"] for row in rollouts) == [n for n in range(8) if n not in bad]
-    assert all(row["loss"] is not None and row["grad_norm"] is not None for row in log)
+    for row in log:
+        assert row["loss"] is not None
+        assert row["grad_norm"] is not None
 
 
 @pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
 def test_steps_without_any_readable_sample(run, script):
-    """Three steps in a row whose only sample is unreadable have loss 0 and no gradient; they aren't taken for a diverged run."""
+    """Three steps in a row whose only sample is unreadable aren't taken for a diverged run.
+
+    They have loss 0 and no gradient.
+    """
     for n in run.order[2:5]:
         run.videos[n].write_bytes(b"")
     code, err, out = run(script, max_bad_samples=3)
+
     assert code == 0, err
     log = read_rows(out / "metrics.jsonl")
     assert [row["bad_samples"] for row in log] == [0, 0, 1, 1, 1, 0, 0, 0]
-    assert [row["loss"] for row in log[2:5]] == [0, 0, 0] == [row["grad_norm"] for row in log[2:5]]
-    assert script is g or all(row["grad_norm"] > 0 for row in log[:2] + log[5:])  # an untrained policy earns no reward to learn from
-    assert (out / "model.safetensors").exists() and "nan" not in run.stdout
+    assert [row["loss"] for row in log[2:5]] == [0, 0, 0]
+    assert [row["grad_norm"] for row in log[2:5]] == [0, 0, 0]
+    if script is sft_video:  # an untrained policy earns no reward to learn from
+        assert all(row["grad_norm"] > 0 for row in log[:2] + log[5:])
+    assert (out / "model.safetensors").exists()
+    assert "nan" not in run.stdout
 
 
 @pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
 def test_too_many_bad_samples_end_the_run(run, script):
-    """--max_bad_samples 0: the first unreadable sample is reported, then the run stops with exit code 2."""
+    """--max_bad_samples 0: the first unreadable sample is reported, then exit code 2."""
     run.videos[0].write_bytes(b"")
     code, err, out = run(script, per_device_train_batch_size=4, max_bad_samples=0)
-    assert code == 2 and "sample_id 0 left out: " in err and re.search("error: 1 samples could not be read.*--max_bad_samples 0", err)
-    assert sum(row["bad_samples"] for row in read_rows(out / "metrics.jsonl")) == 1 and not (out / "model.safetensors").exists()
+    assert code == 2
+    assert "sample_id 0 left out: " in err
+    assert re.search("error: 1 samples could not be read.*--max_bad_samples 0", err)
+    assert sum(row["bad_samples"] for row in read_rows(out / "metrics.jsonl")) == 1
+    assert not (out / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
 def test_a_finished_run_is_not_overwritten(run, script, tmp_path):
-    """An output_dir that holds a run is refused without --overwrite_output_dir, and nothing in it changes."""
+    """An output_dir that holds a run is refused without --overwrite_output_dir, and stays as is."""
     out = tmp_path / "run"
     (out / "checkpoint-3/resume").mkdir(parents=True)
-    for name in ("metrics.jsonl", "rollouts.jsonl", "config.json", "model.safetensors", "checkpoint-3/config.json", "notes.txt"):
+    for name in (
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "config.json",
+        "model.safetensors",
+        "checkpoint-3/config.json",
+        "notes.txt",
+    ):
         (out / name).write_text(f'{{"name": "{name}"}}\n')
-    before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [out, *out.rglob("*")]}
+
+    def state():
+        return {
+            path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+            for path in [out, *out.rglob("*")]
+        }
+
+    before = state()
     code, err, _ = run(script)
-    assert code == 2 and len(err.splitlines()) == 1 and str(out) in err
-    assert "--overwrite_output_dir" in err and "--resume_from_checkpoint" in err
-    assert before == {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [out, *out.rglob("*")]}
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert str(out) in err
+    assert "--overwrite_output_dir" in err
+    assert "--resume_from_checkpoint" in err
+    assert before == state()
 
 
-@pytest.mark.parametrize("flag, value, count, word", [
-    ("annotations", "bad.jsonl", 1, "{}:1: sample_id uuid_3: "),
-    ("max_prompt_length", 50, 8, "over the limit of 50"),
-    ("model", "empty", 1, "--model {}"),
-    ("model", "llama", 1, "--model {}"),
-    ("resume_from_checkpoint", "none", 1, "--resume_from_checkpoint {}"),
-    ("output_dir", "file", 1, "--output_dir {}"),
-])
-def test_what_is_wrong_is_said_before_anything_is_written(run, toy, tmp_path, flag, value, count, word):
-    """A bad row, prompts over the limit, a folder that is no Qwen2-VL, no checkpoint to go on from, an output_dir that is a file:
-    one line each, exit code 2, and no output_dir."""
+@pytest.mark.parametrize(
+    "flag, value, count, word",
+    [
+        ("annotations", "bad.jsonl", 1, "{}:1: sample_id uuid_3: "),
+        ("max_prompt_length", 50, 8, "over the limit of 50"),
+        ("model", "empty", 1, "--model {}"),
+        ("model", "llama", 1, "--model {}"),
+        ("resume_from_checkpoint", "none", 1, "--resume_from_checkpoint {}"),
+        ("output_dir", "file", 1, "--output_dir {}"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    run, toy, tmp_path, flag, value, count, word
+):
+    """One line each, exit code 2, and no output_dir.
+
+    A bad row, prompts over the limit, a folder that is no Qwen2-VL, no checkpoint to go on from,
+    an output_dir that is a file.
+    """
     write_rows(tmp_path / "bad.jsonl", PLAIN | dict(sample_id="uuid_3", question=None))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
     shutil.copytree(toy / "init", tmp_path / "llama")
     change_config(tmp_path / "llama", model_type="llama")
-    value = tmp_path / value if isinstance(value, str) else value
+
+    if isinstance(value, str):
+        value = tmp_path / value
     code, err, _ = run(g, **{flag: value})
     told = err.splitlines()
-    assert code == 2 and len(told) == count, err
-    assert all(line.startswith("grpo_video.py: error: ") for line in told) and word.format(value) in told[0]
-    assert not (tmp_path / "run").exists() and (tmp_path / "file").read_text() == "mine"
+    assert code == 2, err
+    assert len(told) == count, err
+    assert all(line.startswith("grpo_video.py: error: ") for line in told)
+    assert word.format(value) in told[0]
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_resume_reads_what_the_policy_wrote(toy, tmp_path):
-    """Completions may hold any character, line separators such as U+2028 and U+0085 among them: cutting the logs back to the
-    checkpoint's step neither chokes on them nor loses a row. Going on from an earlier checkpoint removes the later ones."""
+    """Cutting the logs back to the checkpoint's step neither chokes on a text nor loses a row.
+
+    Completions may hold any character, line separators such as U+2028 and U+0085 among them. Going
+    on from an earlier checkpoint removes the later ones.
+    """
     rows = [dict(step=step, text="a\u2028b\x85c\u2029d\n") for step in (1, 2, 3)]
-    g.append_rows(tmp_path / "rollouts.jsonl", rows)
-    with open(tmp_path / "rollouts.jsonl", "a") as f:
+    log = tmp_path / "rollouts.jsonl"
+    g.append_rows(log, rows)
+    with open(log, "a") as f:
         f.write('{"step": 2, "te')  # cut off by a power loss
-    config = AutoConfig.from_pretrained(toy / "init")
     for n in (1, 2):
         (tmp_path / f"checkpoint-{n}/resume").mkdir(parents=True)
-    assert g.open_run(g.Config(output_dir=str(tmp_path), resume_from_checkpoint="auto"), config, torch.float32) == (tmp_path / "checkpoint-2", 2)
-    assert [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().split("\n")[:-1]] == rows[:2]
-    earlier = g.Config(output_dir=str(tmp_path), resume_from_checkpoint=f"{tmp_path}/checkpoint-1/")
-    assert g.open_run(earlier, config, torch.float32) == (tmp_path / "checkpoint-1", 1)
-    assert not (tmp_path / "checkpoint-2").exists()  # or 'auto' would go on from a future that the logs no longer tell
+
+    def resume(checkpoint):
+        settings = g.Config(output_dir=str(tmp_path), resume_from_checkpoint=checkpoint)
+        return g.open_run(settings, AutoConfig.from_pretrained(toy / "init"), torch.float32)
+
+    assert resume("auto") == (tmp_path / "checkpoint-2", 2)
+    assert [json.loads(line) for line in log.read_text().split("\n")[:-1]] == rows[:2]
+
+    # Without the removal 'auto' would go on from a future that the logs no longer tell.
+    assert resume(f"{tmp_path}/checkpoint-1/") == (tmp_path / "checkpoint-1", 1)
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
-# ---- The whole data root, other people's packages, a full disk -------------------------------------------------------
+# ---- The whole data root, other people's packages, a full disk -----------------------------------
+BAD_VIDEOS = ("empty.avi", "cut.avi", "text.avi", "none.avi")
+VALIDATE_TELLS = [  # the words of each problem's line
+    ["training_6k.jsonl:5: sample_id none.avi"],
+    ["training_6k.jsonl:6: sample_id 9", "question"],
+    ["training_with_cot_6k.jsonl:2: sample_id 2", "none.png"],
+    ["empty.avi: ", "of training_6k.jsonl: sample_id empty.avi and 1 more"],
+    ["cut.avi: ", "and 0 more"],
+    ["text.avi: ", "and 0 more"],
+]
+VALIDATE_COUNTS = [
+    "annotations/training_6k.jsonl: 4 checked, 2 wrong",
+    "annotations/training_with_cot_6k.jsonl: 1 checked, 1 wrong",
+    "annotations/validation_L1.jsonl: 2 checked, 0 wrong",
+    "videos: 4 checked, 3 wrong",
+    "images: 1 checked, 0 wrong",
+]
+
+
 def test_validate(root, monkeypatch, capsys):
-    """--validate tells all that is wrong in a data root, in rows of both kinds and in files, by name, and exits with 2."""
-    for name, content in {"empty.avi": b"", "cut.avi": avi(root)[:100], "text.avi": b"no video"}.items():
-        (root / "videos/Ego4D" / name).write_bytes(content)
+    """--validate tells all that is wrong in a data root, by name, and exits with 2.
+
+    It looks at rows of both kinds and at files.
+    """
+    videos = root / "videos/Ego4D"
+    (videos / "empty.avi").write_bytes(b"")
+    (videos / "cut.avi").write_bytes(avi(root)[:100])
+    (videos / "text.avi").write_bytes(b"no video")
     (root / "made.avi").unlink()
-    rows = [bad(sample_id=name, video_basename=name) for name in ("empty.avi", "cut.avi", "text.avi", "none.avi")]
-    write_rows(root / "annotations/training_6k.jsonl", PLAIN, *rows, bad(DRAWN, sample_id=9, question=None))
-    write_rows(root / "annotations/training_with_cot_6k.jsonl", CHAT, chat(dict(type="image", image="none.png")))
-    write_rows(root / "annotations/validation_L1.jsonl", PLAIN, bad(sample_id=3, video_basename="empty.avi"))
+
+    annotations = root / "annotations"
+    rows = [bad(sample_id=name, video_basename=name) for name in BAD_VIDEOS]
+    no_question = bad(DRAWN, sample_id=9, question=None)
+    no_image = chat(dict(type="image", image="none.png"))
+    again = bad(sample_id=3, video_basename="empty.avi")
+    write_rows(annotations / "training_6k.jsonl", PLAIN, *rows, no_question)
+    write_rows(annotations / "training_with_cot_6k.jsonl", CHAT, no_image)
+    write_rows(annotations / "validation_L1.jsonl", PLAIN, again)
+
     command = [sys.executable, ROOT / "grpo_video.py", "--validate", "--data_root", root]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     told = done.stdout.splitlines()
     assert done.returncode == 2, done.stderr
-    for line, words in zip(told, [("training_6k.jsonl:5: sample_id none.avi",), ("training_6k.jsonl:6: sample_id 9", "question"),
-                                  ("training_with_cot_6k.jsonl:2: sample_id 2", "none.png"),
-                                  ("empty.avi: ", "of training_6k.jsonl: sample_id empty.avi and 1 more"),
-                                  ("cut.avi: ", "and 0 more"), ("text.avi: ", "and 0 more")], strict=False):
+    for line, words in zip(told, VALIDATE_TELLS):
         assert all(word in line for word in words), line
-    assert [line.removeprefix(f"{root}/") for line in told[6:]] == [
-        "annotations/training_6k.jsonl: 4 checked, 2 wrong", "annotations/training_with_cot_6k.jsonl: 1 checked, 1 wrong",
-        "annotations/validation_L1.jsonl: 2 checked, 0 wrong", "videos: 4 checked, 3 wrong", "images: 1 checked, 0 wrong"]
+    assert [line.removeprefix(f"{root}/") for line in told[6:]] == VALIDATE_COUNTS
     assert "files: 100%" in done.stderr
-    write_rows(root / "annotations/good.jsonl", PLAIN)
-    for argv, code, out, err in (([root, root / "annotations/good.jsonl"], 0, "videos: 1 checked, 0 wrong\nimages: 1 checked, 0 wrong", ""),
-                                 ([root / "videos"], 2, "", "must be a data root")):
-        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, argv)])
+
+    def validate_alone(*args):
+        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             validate.main()
-        told = capsys.readouterr()
-        assert end.value.code == code and out in told.out and err in told.err
+        return end.value.code, *capsys.readouterr()
+
+    write_rows(annotations / "good.jsonl", PLAIN)
+    code, out, _ = validate_alone(root, annotations / "good.jsonl")
+    assert code == 0
+    assert "videos: 1 checked, 0 wrong\nimages: 1 checked, 0 wrong" in out
+
+    code, _, err = validate_alone(root / "videos")
+    assert code == 2
+    assert "must be a data root" in err
 
 
 WANDB = """
@@ -572,13 +894,19 @@ def log(row, step):
 
 @pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
 def test_wandb(run, tmp_path, monkeypatch, script):
-    """--wandb PROJECT sends metrics.jsonl's rows there; without the package, and with a folder of wandb's own, it is one line."""
+    """--wandb PROJECT sends metrics.jsonl's rows there.
+
+    Without the package, and with a folder of wandb's own in its place, it is one line.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     code, err, out = run(script, wandb="videos")
-    assert code == 2 and err.splitlines() == [
-        f"{Path(script.__file__).name}: error: --wandb videos: the package is not there; `pip install wandb`"] and not out.exists()
+    problem = "--wandb videos: the package is not there; `pip install wandb`"
+    assert code == 2
+    assert err.splitlines() == [f"{Path(script.__file__).name}: error: {problem}"]
+    assert not out.exists()
+
     (tmp_path / "wandb/__init__.py").write_text(WANDB)
     importlib.invalidate_caches()
     monkeypatch.setenv("WANDB_TOLD", str(tmp_path / "told.jsonl"))
@@ -586,27 +914,49 @@ def test_wandb(run, tmp_path, monkeypatch, script):
         code, err, out = run(script, wandb="videos", per_device_train_batch_size=4)
     finally:
         sys.modules.pop("wandb", None)
-    told = read_rows(tmp_path / "told.jsonl")
-    assert code == 0 and told[0]["init"]["project"] == "videos" and told[0]["init"]["config"]["seed"] == 42, err
+
+    first, *told = read_rows(tmp_path / "told.jsonl")
+    assert code == 0, err
+    assert first["init"]["project"] == "videos", err
+    assert first["init"]["config"]["seed"] == 42, err
     log = read_rows(out / "metrics.jsonl")
-    assert [x["row"] for x in told[1:]] == log and [x["step"] for x in told[1:]] == [1, 2] and "clock" not in log[0]
+    assert [x["row"] for x in told] == log
+    assert [x["step"] for x in told] == [1, 2]
+    assert "clock" not in log[0]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(toy, tmp_path):
-    """The disk fills up while a checkpoint is written: one line and exit code 1, and the last complete checkpoint goes on."""
-    out, env = tmp_path / "run", os.environ | dict(OMP_NUM_THREADS="1")
-    command = [sys.executable, ROOT / "grpo_video.py", "--model", toy / "init", "--data_root", toy / "data", "--output_dir", out,
-               "--max_frames", "4", "--frame_size", "56", "--num_generations", "2", "--max_completion_length", "3", "--save_steps", "4",
-               "--dataloader_num_workers", "1"]
-    started = subprocess.Popen([*command, "--max_steps", "400"], env=env, stderr=subprocess.PIPE, text=True)
+    """The disk fills up while a checkpoint is written: one line and exit code 1.
+
+    The last complete checkpoint goes on.
+    """
+    out = tmp_path / "run"
+    folders = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", out]
+    flags = """
+        --max_frames 4 --frame_size 56 --num_generations 2 --max_completion_length 3
+        --save_steps 4 --dataloader_num_workers 1
+    """.split()
+    command = [sys.executable, ROOT / "grpo_video.py", *folders, *flags]
+    endless = [*command, "--max_steps", "400"]
+    started = subprocess.Popen(endless, env=ENV, stderr=subprocess.PIPE, text=True)
     while not (out / "checkpoint-4").exists() and started.poll() is None:
         time.sleep(0.01)
-    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (2 ** 19, 2 ** 19))  # the logs are smaller, the weights larger
+    # The logs are smaller than this, the weights larger.
+    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (2**19, 2**19))
+
     _, error = started.communicate(timeout=100)
-    steps = sorted(int(p.name[11:]) for p in out.glob("checkpoint-*") if not p.name.endswith(".tmp"))
-    assert started.returncode == 1 and "File too large" in error.splitlines()[-1] and "Traceback" not in error, error
-    assert steps and list(out.glob(f"checkpoint-{steps[-1] + 4}.tmp"))
-    done = subprocess.run([*command, "--max_steps", str(steps[-1] + 5), "--resume_from_checkpoint", "auto"], env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, steps[-1] + 6)), done.stderr
+    assert started.returncode == 1, error
+    assert "File too large" in error.splitlines()[-1], error
+    assert "Traceback" not in error, error
+    complete = [p.name for p in out.glob("checkpoint-*") if not p.name.endswith(".tmp")]
+    steps = [int(name.removeprefix("checkpoint-")) for name in complete]
+    assert steps
+    last = max(steps)
+    assert list(out.glob(f"checkpoint-{last + 4}.tmp"))
+
+    resume = ["--max_steps", str(last + 5), "--resume_from_checkpoint", "auto"]
+    done = subprocess.run([*command, *resume], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in log] == list(range(1, last + 6)), done.stderr
     assert not list(out.glob("*.tmp"))

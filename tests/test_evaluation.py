@@ -1,4 +1,5 @@
-"""The evaluation: what is counted and how, decoding in batches, going on after a kill, ranks, ablations, tables, errors."""
+"""The evaluation: what is counted, batches, going on after a kill, ranks, ablations, tables."""
+
 import json
 import os
 import shutil
@@ -10,36 +11,55 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_smoke import CPU, ROOT, transformers_inputs
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
 
 import eval_video as e
 import sft_video
+from test_smoke import CPU, ROOT, transformers_inputs
 
 ENDS = ["<|im_end|>", "<|endoftext|>"]
-L1, L3 = "validation_L1", "validation_L3"
+L1, L2, L3 = "validation_L1", "validation_L2", "validation_L3"
+PREDICTIONS = f"predictions_{L1}.jsonl"
 
 
 @pytest.fixture(scope="module")
 def model(toy):
-    """The toy's untrained model, stirred until its greedy responses differ from prompt to prompt."""
+    """The toy's untrained model, stirred until its greedy responses differ among prompts."""
     folder = toy / "stirred"
     shutil.copytree(toy / "init", folder)
-    noise, weights = torch.Generator().manual_seed(0), load_file(folder / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
     for name, x in weights.items():
-        x += 0.1 * torch.randn(x.shape, generator=noise) if x.dim() == 1 else 0 if "embed_tokens" in name else 1.2 * x
+        if x.dim() == 1:
+            x += 0.1 * torch.randn(x.shape, generator=noise)
+        elif "embed_tokens" not in name:
+            x += 1.2 * x
     save_file(weights, folder / "model.safetensors")
     return folder
 
 
 @pytest.fixture
 def evaluate(toy, model, monkeypatch, capsys):
-    """evaluate(output_dir, **flags) -> what eval_video.py prints, run in this process; on the toy's L1 if not told else."""
+    """evaluate(output_dir, **flags) -> what eval_video.py prints, run in this process.
+
+    On the toy's L1 if not told else.
+    """
+    common = dict(
+        model=model,
+        data_root=toy / "data",
+        splits=L1,
+        max_frames=8,
+        frame_size=56,
+        batch_size=8,
+        max_completion_length=8,
+        dataloader_num_workers=0,
+    )
+
     def run(output_dir, **flags):
-        flags = dict(model=model, data_root=toy / "data", splits=L1, output_dir=output_dir, max_frames=8, frame_size=56,
-                     batch_size=8, max_completion_length=8, dataloader_num_workers=0) | flags
-        words = [part for name, value in flags.items() for part in (f"--{name}", *str(value).split())]
-        monkeypatch.setattr(sys, "argv", ["eval_video.py", *words])
+        words = ["eval_video.py"]
+        for name, value in (common | dict(output_dir=output_dir) | flags).items():
+            words += [f"--{name}", *str(value).split()]
+        monkeypatch.setattr(sys, "argv", words)
         capsys.readouterr()
         try:
             e.main()
@@ -47,37 +67,53 @@ def evaluate(toy, model, monkeypatch, capsys):
             if dist.is_initialized():
                 dist.destroy_process_group()
         return capsys.readouterr().out
+
     return run
 
 
 @pytest.fixture
 def fails(evaluate, capsys):
-    """fails(output_dir, **flags) -> the lines on stderr of a run that must end with exit code 2."""
+    """fails(output_dir, **flags) -> what a run that must end with exit code 2 says on stderr."""
+
     def run(output_dir, **flags):
         with pytest.raises(SystemExit) as end:
             evaluate(output_dir, **flags)
         assert end.value.code == 2
-        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval_video.py: error: ")]
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if line.startswith("eval_video.py: error: ")]
+
     return run
 
 
 @pytest.fixture
 def say(monkeypatch):
-    """say(answer) makes the model say answer(i), a list of texts, to the i-th question that it is asked from then on."""
+    """say(answer): the model says answer(i), a list of texts, to the i-th question from then on."""
+
     def patch(answer):
-        asked = iter(range(10 ** 6))
+        asked = iter(range(10**6))
 
         def generate(model, prompts, G, C, end_ids, seeds, *sampling):
             tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-            rows = [tokenizer(text).input_ids + end_ids[:1] for _ in seeds for text in answer(next(asked))]
+            rows = []
+            for _ in seeds:
+                for text in answer(next(asked)):
+                    rows.append(tokenizer(text).input_ids + end_ids[:1])
+
             longest = max(map(len, rows))
-            return torch.tensor([row + end_ids[:1] * (longest - len(row)) for row in rows]).view(len(seeds), G, longest)
+            padded = [row + end_ids[:1] * (longest - len(row)) for row in rows]
+            return torch.tensor(padded).view(len(seeds), G, longest)
+
         monkeypatch.setattr(e, "generate", generate)
+
     return patch
 
 
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read(folder, split=L1):
-    return [json.loads(line) for line in (folder / f"predictions_{split}.jsonl").read_text().splitlines()]
+    return read_rows(folder / f"predictions_{split}.jsonl")
 
 
 def summary(folder, split=L1):
@@ -89,11 +125,26 @@ def contents(folder):
 
 
 def made_up(folder, split, rows):
-    """A folder as an evaluation leaves it; rows: (sample_id, domain, right or wrong or None: failed)."""
+    """A folder as an evaluation leaves it.
+
+    rows: (sample_id, domain, right or wrong or None: failed).
+    """
     folder.mkdir(exist_ok=True)
-    (folder / f"predictions_{split}.jsonl").write_text("".join(json.dumps(dict(
-        sample_id=name, domain=domain, gold="A", predicted=None if right is None else "AB"[not right], correct=bool(right),
-        response=None, error="unreadable" if right is None else None)) + "\n" for name, domain, right in rows))
+    lines = []
+    for name, domain, right in rows:
+        failed = right is None
+        row = dict(
+            sample_id=name,
+            domain=domain,
+            gold="A",
+            predicted=None if failed else "AB"[not right],
+            correct=bool(right),
+            response=None,
+            error="unreadable" if failed else None,
+        )
+        lines.append(json.dumps(row) + "\n")
+
+    (folder / f"predictions_{split}.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -103,85 +154,140 @@ def small_root(toy, folder, n=6):
         (folder / kind).mkdir(parents=True)
     lines = (toy / f"data/annotations/{L1}.jsonl").read_text().splitlines(keepends=True)[:n]
     (folder / f"annotations/{L1}.jsonl").write_text("".join(lines))
+
     for raw in map(json.loads, lines):
-        for kind, name in (("videos", raw["video_basename"]), ("images", raw["current_observation_basename"])):
-            shutil.copy(toy / f"data/{kind}/EpicKitchens/{name}", folder / f"{kind}/EpicKitchens/{name}")
+        video = f"videos/EpicKitchens/{raw['video_basename']}"
+        image = f"images/EpicKitchens/{raw['current_observation_basename']}"
+        shutil.copy(toy / "data" / video, folder / video)
+        shutil.copy(toy / "data" / image, folder / image)
     return folder
 
 
-# ---- Statistics -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("correct, total, low, high", [
-    # z = 1.96, z2 = 3.8415; (8 + 1.9207 -+ 1.96 sqrt(8 * 2 / 10 + .9604)) / 13.8415 = (9.9207 -+ 3.1364) / 13.8415
-    (8, 10, 0.4902, 0.9433),
-    (0, 10, 0.0, 0.2775),  # the upper end is z2 / (10 + z2)
-    (10, 10, 0.7225, 1.0),
-    (1237, 2432, 0.4888, 0.5285),  # .50863; 1.96 sqrt(p (1 - p) / n) = .01987 either way
-    (0, 0, 0.0, 1.0),
-])
+def asked(evaluate, monkeypatch, folder, **flags):
+    """The samples that an evaluation hands to the model."""
+    samples = []
+    predict = e.predict
+
+    def predict_and_keep(*args):
+        samples.extend(args[2])
+        return predict(*args)
+
+    monkeypatch.setattr(e, "predict", predict_and_keep)
+    evaluate(folder, **flags)
+    monkeypatch.setattr(e, "predict", predict)
+    return samples
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "correct, total, low, high",
+    [
+        # z = 1.96, z2 = 3.8415: (8 + 1.9207 -+ 1.96 sqrt(8 * 2 / 10 + .9604)) / 13.8415
+        # = (9.9207 -+ 3.1364) / 13.8415
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),  # the upper end is z2 / (10 + z2)
+        (10, 10, 0.7225, 1.0),
+        (1237, 2432, 0.4888, 0.5285),  # .50863; 1.96 sqrt(p (1 - p) / n) = .01987 either way
+        (0, 0, 0.0, 1.0),
+    ],
+)
 def test_wilson(correct, total, low, high):
     """The 95 % Wilson score interval against numbers worked by hand."""
     assert e.wilson(correct, total) == pytest.approx([low, high], abs=1e-4)
 
 
-@pytest.mark.parametrize("gained, lost, p", [
-    (10, 2, 0.0386),  # 2 (1 + 12 + 66) / 4096
-    (2, 10, 0.0386),
-    (1, 5, 0.2188),  # 2 (1 + 6) / 64
-    (0, 6, 0.03125),  # 2 / 64
-    (3, 3, 1.0),  # 2 (1 + 6 + 15 + 20) / 64 is above 1
-    (0, 0, 1.0),
-    (700, 900, 6.3e-7),  # beyond the range of floats on the way; z = (199 / 40) = 4.975 without ties
-])
+@pytest.mark.parametrize(
+    "gained, lost, p",
+    [
+        (10, 2, 0.0386),  # 2 (1 + 12 + 66) / 4096
+        (2, 10, 0.0386),
+        (1, 5, 0.2188),  # 2 (1 + 6) / 64
+        (0, 6, 0.03125),  # 2 / 64
+        (3, 3, 1.0),  # 2 (1 + 6 + 15 + 20) / 64 is above 1
+        (0, 0, 1.0),
+        # Beyond the range of floats on the way; z = (199 / 40) = 4.975 without ties.
+        (700, 900, 6.3e-7),
+    ],
+)
 def test_mcnemar(gained, lost, p):
     """The exact two-sided p-value of McNemar's test against numbers worked by hand."""
     assert e.mcnemar(gained, lost) == pytest.approx(p, abs=1e-4, rel=0.1 if p < 1e-4 else None)
 
 
-ROWS = [  # 4 of 6 Work right, 1 of 2 Hobbies, and a failed one each in Hobbies and Recreation
-    *((f"w{i}", "Work", i < 4) for i in range(6)), ("h0", "Hobbies", True), ("h1", "Hobbies", False), ("h2", "Hobbies", None),
-    ("r0", "Recreation", None)]
+# 4 of 6 Work right, 1 of 2 Hobbies, and a failed one each in Hobbies and Recreation.
+ROWS = [(f"w{i}", "Work", i < 4) for i in range(6)]
+ROWS += [
+    ("h0", "Hobbies", True),
+    ("h1", "Hobbies", False),
+    ("h2", "Hobbies", None),
+    ("r0", "Recreation", None),
+]
 
 
 def test_tally_by_domain(tmp_path):
-    """Counts, accuracy and interval, of the split and of its domains, of a prediction file worked by hand."""
+    """Counts, accuracy and interval of a split and of its domains, worked by hand."""
     rows = read(made_up(tmp_path, L3, ROWS), L3)
     rows[5]["predicted"] = None  # a wrong one that gave no answer
     x = e.tally(rows, "domain")
+
     # 5 of 8: (5 + 1.9207 -+ 1.96 sqrt(5 * 3 / 8 + .9604)) / 11.8415 = (6.9207 -+ 3.3000) / 11.8415
     assert x["ci95"] == pytest.approx([0.3057, 0.8632], abs=1e-4)
-    assert {k: x[k] for k in ("correct", "total", "failed", "no_answer")} == dict(correct=5, total=8, failed=2, no_answer=1)
+    assert (x["correct"], x["total"], x["failed"], x["no_answer"]) == (5, 8, 2, 1)
     assert (x["accuracy"], x["accuracy_failed_wrong"]) == (5 / 8, 5 / 10)
-    assert {name: (d["accuracy"], d["correct"], d["total"], d["failed"], d["no_answer"], d["accuracy_failed_wrong"])
-            for name, d in x["by_domain"].items()} == {
-        "Hobbies": (1 / 2, 1, 2, 1, 0, 1 / 3), "Recreation": (0, 0, 0, 1, 0, 0), "Work": (4 / 6, 4, 6, 0, 1, 4 / 6)}
+
+    keys = ("accuracy", "correct", "total", "failed", "no_answer", "accuracy_failed_wrong")
+    found = {}
+    for name, domain in x["by_domain"].items():
+        found[name] = tuple(domain[key] for key in keys)
+    assert found == {
+        "Hobbies": (1 / 2, 1, 2, 1, 0, 1 / 3),
+        "Recreation": (0, 0, 0, 1, 0, 0),
+        "Work": (4 / 6, 4, 6, 0, 1, 4 / 6),
+    }
     assert x["by_domain"]["Work"]["ci95"] == pytest.approx([0.3000, 0.9032], abs=1e-4)
 
 
+KEYS = {"sample_id", "response", "ids", "predicted", "gold", "correct", "domain", "error"}
+
+
 def test_summary_of_the_tiers(tmp_path, evaluate, say):
-    """L1, L2 and L3 in one run: the summary's counts are those of the predictions, L3's domains add up to L3."""
+    """L1, L2 and L3 in one run: the summary counts the predictions, L3's domains add up to L3."""
     say(lambda i: ["<think>x</think><answer>A. move left</answer>" if i % 3 else "I do not know"])
-    out = evaluate(tmp_path, splits=f"{L1} validation_L2 {L3}", limit=24, paper="")
-    for split in (L1, "validation_L2", L3):
-        rows, x = read(tmp_path, split), summary(tmp_path, split)
-        assert len(rows) == 24 == x["total"] and x["failed"] == 0 and x["no_answer"] == 8
+    out = evaluate(tmp_path, splits=f"{L1} {L2} {L3}", limit=24, paper="")
+    for split in (L1, L2, L3):
+        rows = read(tmp_path, split)
+        x = summary(tmp_path, split)
+        assert len(rows) == 24 == x["total"]
+        assert x["failed"] == 0
+        assert x["no_answer"] == 8
         right = sum(row["gold"] == "A" for row in rows if row["predicted"])
         assert x["correct"] == right == sum(row["correct"] for row in rows) > 0
-        assert set(rows[0]) == {"sample_id", "response", "ids", "predicted", "gold", "correct", "domain", "error"}
+        assert set(rows[0]) == KEYS
+
     domains = summary(tmp_path, L3)["by_domain"]
     assert list(domains) == ["Daily life", "Hobbies", "Recreation", "Work"]
     for key in ("correct", "total", "no_answer"):
         assert sum(x[key] for x in domains.values()) == summary(tmp_path, L3)[key]
-    assert [{type(row["sample_id"]) for row in read(tmp_path, split)} for split in (L1, L3)] == [{int}, {str}]
+    assert {type(row["sample_id"]) for row in read(tmp_path, L1)} == {int}
+    assert {type(row["sample_id"]) for row in read(tmp_path, L3)} == {str}
+
     lines = out.splitlines()
-    assert lines[0] == "| model | L1 | L2 | L3 | L3 Daily life | L3 Hobbies | L3 Recreation | L3 Work | failed |"
+    columns = "L1 | L2 | L3 | L3 Daily life | L3 Hobbies | L3 Recreation | L3 Work"
+    assert lines[0] == f"| model | {columns} | failed |"
     x = summary(tmp_path)
-    assert lines[2].startswith(f"| {tmp_path} | {100 * x['accuracy']:.1f} ({100 * x['ci95'][0]:.0f}–{100 * x['ci95'][1]:.0f}) ")
-    assert lines[5] == "| paper: + GRPO | 46.01 | 50.16 | 44.89 | 48.52 | 45.08 | 43.72 | 41.34 |  |"
+    low, high = x["ci95"]
+    cell = f"{100 * x['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})"
+    assert lines[2].startswith(f"| {tmp_path} | {cell} ")
+    paper = "| paper: + GRPO | 46.01 | 50.16 | 44.89 | 48.52 | 45.08 | 43.72 | 41.34 |  |"
+    assert lines[5] == paper
     assert (tmp_path / "summary.md").read_text().splitlines() == lines[:6]
 
 
 def test_several_samples(tmp_path, evaluate, say):
-    """Mean accuracy, pass@K, and the majority's answer: the first sampled of equals, an unreadable answer votes for none."""
+    """Mean accuracy, pass@K, and the majority's answer: the first sampled of equals.
+
+    An unreadable answer votes for none.
+    """
     responses = [  # G: the right letter, W: a wrong one, V: another wrong one, ?: no answer
         "GWGV",  # majority right: 2 of 4
         "WWGG",  # a draw: W came first
@@ -195,47 +301,87 @@ def test_several_samples(tmp_path, evaluate, say):
 
     def answer(i):
         right = "ABCD".index(golds[i])
-        return [dict(G=golds[i], W="ABCD"[right - 1], V="ABCD"[right - 2]).get(x, "who knows") for x in responses[i]]
+        letters = dict(G=golds[i], W="ABCD"[right - 1], V="ABCD"[right - 2])
+        return [letters.get(x, "who knows") for x in responses[i]]
+
     say(answer)
-    out, rows = evaluate(tmp_path / "out", limit=6, num_samples=4), read(tmp_path / "out")
+    out = evaluate(tmp_path / "out", limit=6, num_samples=4)
+    rows = read(tmp_path / "out")
     assert [row["correct"] for row in rows] == [True, False, True, True, False, False]
-    assert [len(row["responses"]) for row in rows] == [4] * 6 and rows[4]["answers"] == [None] * 4
-    assert rows[3]["answers"] == [None, answer(3)[1], golds[3], golds[3]] and rows[3]["response"] == "who knows"
+    assert [len(row["responses"]) for row in rows] == [4] * 6
+    assert rows[4]["answers"] == [None] * 4
+    assert rows[3]["answers"] == [None, answer(3)[1], golds[3], golds[3]]
+    assert rows[3]["response"] == "who knows"
+
     x = summary(tmp_path / "out")
     assert (x["accuracy"], x["no_answer"]) == (3 / 6, 1)
-    assert x["mean_accuracy"] == pytest.approx((2 + 2 + 2 + 2 + 0 + 0) / 24) and x["pass_at_k"] == pytest.approx(4 / 6)
-    assert f"| 50.0 ({100 * x['ci95'][0]:.0f}–{100 * x['ci95'][1]:.0f}), mean_accuracy 33.3 (10–70), pass_at_k 66.7 (30–90) | 0 |" in out
+    assert x["mean_accuracy"] == pytest.approx((2 + 2 + 2 + 2 + 0 + 0) / 24)
+    assert x["pass_at_k"] == pytest.approx(4 / 6)
+    low, high = x["ci95"]
+    accuracy = f"50.0 ({100 * low:.0f}–{100 * high:.0f})"
+    assert f"| {accuracy}, mean_accuracy 33.3 (10–70), pass_at_k 66.7 (30–90) | 0 |" in out
 
 
-# ---- LongVideoBench -------------------------------------------------------------------------------------------------
+# ---- LongVideoBench ------------------------------------------------------------------------------
 def test_longvideobench(tmp_path, toy, evaluate, say):
-    """Four candidates or five: E is an answer among five alone. Counted by duration and by question category."""
+    """Four candidates or five: E is an answer among five alone.
+
+    Counted by duration and by question category.
+    """
     say(lambda i: ["<answer>E</answer>" if i % 2 else "<answer>A</answer>"])
     out = evaluate(tmp_path, limit=8, longvideobench=toy / "data")
-    raws, rows, x = json.loads((toy / "data/lvb_val.json").read_text())[:8], read(tmp_path, "LVB"), summary(tmp_path, "LVB")
+    raws = json.loads((toy / "data/lvb_val.json").read_text())[:8]
+    rows = read(tmp_path, "LVB")
+    x = summary(tmp_path, "LVB")
     assert [len(raw["candidates"]) for raw in raws] == [4] * 4 + [5] * 4
     assert [row["predicted"] for row in rows] == ["A", None, "A", None, "A", "E", "A", "E"]
     assert [row["gold"] for row in rows] == ["ABCD"[raw["correct_choice"]] for raw in raws]
-    assert list(x["by_domain"]) == sorted(x["by_domain"]) and {k: v["total"] for k, v in x["by_domain"].items()} == {
-        "15 s": 2, "60 s": 2, "600 s": 2, "3600 s": 2}
-    categories = {raw["question_category"] for raw in raws}
-    assert set(x["by_category"]) == categories and sum(v["total"] for v in x["by_category"].values()) == 8 == x["total"]
-    assert out.splitlines()[0] == "| model | L1 | LVB | LVB 15 s | LVB 60 s | LVB 600 s | LVB 3600 s | failed |"
+
+    domains = {name: counts["total"] for name, counts in x["by_domain"].items()}
+    assert list(domains) == sorted(domains)
+    assert domains == {"15 s": 2, "60 s": 2, "600 s": 2, "3600 s": 2}
+    categories = x["by_category"]
+    assert set(categories) == {raw["question_category"] for raw in raws}
+    assert sum(counts["total"] for counts in categories.values()) == 8 == x["total"]
+    columns = "L1 | LVB | LVB 15 s | LVB 60 s | LVB 600 s | LVB 3600 s"
+    assert out.splitlines()[0] == f"| model | {columns} | failed |"
 
 
-GOOD = dict(id="v_0", video_path="lvb_00.avi", question="What?", candidates=list("wxyz"), correct_choice=3, duration_group=15,
-            question_category="S2A")
+GOOD = dict(
+    id="v_0",
+    video_path="lvb_00.avi",
+    question="What?",
+    candidates=list("wxyz"),
+    correct_choice=3,
+    duration_group=15,
+    question_category="S2A",
+)
 
 
-@pytest.mark.parametrize("entry, words", [
-    (GOOD | dict(correct_choice=4), "4"), (GOOD | dict(correct_choice=-1), "-1"), (GOOD | dict(correct_choice="A"), "'A'"),
-    (GOOD | dict(correct_choice=None), "None"), (GOOD | dict(candidates=list("xyz")), "['x', 'y', 'z']"),
-    (GOOD | dict(candidates=list("uvwxyz")), "'u'"), (GOOD | dict(candidates="wxyz"), "wxyz"),
-    (GOOD | dict(candidates=[1, 2, 3, 4]), "[1, 2, 3, 4]"), (GOOD | dict(candidates=None), "NoneType"),
-    (GOOD | dict(question=""), "question"), (GOOD | dict(question_category=None), "question_category"),
-    (GOOD | dict(video_path="none.avi"), "none.avi"), (GOOD | dict(video_path=""), "video_path"),
-    (GOOD | dict(video_path="../../outside.avi"), "leaves"), (GOOD | dict(id="v_1"), "v_1"), (GOOD | dict(id=7), "'id'"),
-    ({key: value for key, value in GOOD.items() if key != "duration_group"}, "duration_group"), (5, ""), ([], "")])
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        (GOOD | dict(correct_choice=4), "4"),
+        (GOOD | dict(correct_choice=-1), "-1"),
+        (GOOD | dict(correct_choice="A"), "'A'"),
+        (GOOD | dict(correct_choice=None), "None"),
+        (GOOD | dict(candidates=list("xyz")), "['x', 'y', 'z']"),
+        (GOOD | dict(candidates=list("uvwxyz")), "'u'"),
+        (GOOD | dict(candidates="wxyz"), "wxyz"),
+        (GOOD | dict(candidates=[1, 2, 3, 4]), "[1, 2, 3, 4]"),
+        (GOOD | dict(candidates=None), "NoneType"),
+        (GOOD | dict(question=""), "question"),
+        (GOOD | dict(question_category=None), "question_category"),
+        (GOOD | dict(video_path="none.avi"), "none.avi"),
+        (GOOD | dict(video_path=""), "video_path"),
+        (GOOD | dict(video_path="../../outside.avi"), "leaves"),
+        (GOOD | dict(id="v_1"), "v_1"),
+        (GOOD | dict(id=7), "'id'"),
+        ({key: value for key, value in GOOD.items() if key != "duration_group"}, "duration_group"),
+        (5, ""),
+        ([], ""),
+    ],
+)
 def test_bad_longvideobench_entry(tmp_path, toy, capsys, entry, words):
     """A bad entry of lvb_val.json: exit code 2, naming the entry and what is wrong with it."""
     root = tmp_path / "root"
@@ -246,98 +392,165 @@ def test_bad_longvideobench_entry(tmp_path, toy, capsys, entry, words):
     (root / "lvb_val.json").write_text(json.dumps([five, entry]))
     with pytest.raises(SystemExit) as end:
         e.load_longvideobench(root)
+
     err = capsys.readouterr().err
-    assert end.value.code == 2 and f"{root}/lvb_val.json: entry 1: " in err and words in err and err.count("\n") == 1
+    assert end.value.code == 2
+    assert f"{root}/lvb_val.json: entry 1: " in err
+    assert words in err
+    assert err.count("\n") == 1
+
     (root / "lvb_val.json").write_text(json.dumps([five, GOOD]))
-    found = [(r["sample_id"], r["gold"], r["domain"], r["category"]) for r in e.load_longvideobench(root)]
-    assert found == [("v_1", "E", "15 s", "S2A"), ("v_0", "D", "15 s", "S2A")]
+    keys = ("sample_id", "gold", "domain", "category")
+    first, second = e.load_longvideobench(root)
+    assert [first[key] for key in keys] == ["v_1", "E", "15 s", "S2A"]
+    assert [second[key] for key in keys] == ["v_0", "D", "15 s", "S2A"]
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "null", "7"])
 def test_malformed_longvideobench(tmp_path, capsys, text):
-    """A lvb_val.json that is missing or no list: exit code 2, naming the file and how to get it."""
+    """A lvb_val.json that is missing or no list: exit code 2, its path and how to get it."""
     if text is not None:
         (tmp_path / "lvb_val.json").write_text(text)
     with pytest.raises(SystemExit) as end:
         e.load_longvideobench(tmp_path)
     err = capsys.readouterr().err
-    assert end.value.code == 2 and f"{tmp_path}/lvb_val.json" in err and "hf download" in err
+    assert end.value.code == 2
+    assert f"{tmp_path}/lvb_val.json" in err
+    assert "hf download" in err
 
 
-# ---- Decoding -------------------------------------------------------------------------------------------------------
+# ---- Decoding ------------------------------------------------------------------------------------
 def samples_of(toy, model, places, max_frames=8, more=""):
-    """(samples of these places in L1 as VideoDataset gives them, with the kinds of their media; the model; its tokenizer). The
-    first question has no `more` words, the next as many as `more` has, the next twice as many, and so on."""
-    ours, tokenizer = e.load_model(model, CPU, torch.float32), AutoTokenizer.from_pretrained(model)
-    records = e.load_records(toy / f"data/annotations/{L1}.jsonl", toy / "data")
-    records = [records[i] | dict(question=records[i]["question"] + n * more) for n, i in enumerate(places)]
+    """-> (samples of these places in L1, the model, its tokenizer).
+
+    A sample is as VideoDataset gives it, with the kinds of its media. The first question has no
+    `more` words, the next as many as `more` has, the next twice as many, and so on.
+    """
+    ours = e.load_model(model, CPU, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    all_records = e.load_records(toy / f"data/annotations/{L1}.jsonl", toy / "data")
+    records = []
+    for n, place in enumerate(places):
+        record = all_records[place]
+        records.append(record | dict(question=record["question"] + n * more))
+
     c = SimpleNamespace(frame_size=56, max_frames=max_frames, fps=2.0, seed=42, decode_timeout=60.0)
     dataset = e.VideoDataset(records, tokenizer, ours.config, c, shuffle=False)
-    return [dataset[i] | dict(kinds=[kind for kind, _ in r["media"]]) for i, r in enumerate(records)], ours, tokenizer
+    samples = []
+    for i, record in enumerate(records):
+        kinds = [kind for kind, _ in record["media"]]
+        samples.append(dataset[i] | dict(kinds=kinds))
+    return samples, ours, tokenizer
 
 
 def test_batched_greedy_decoding(toy, model):
-    """Prompts of different lengths decoded together give the tokens that each gives alone, in fp32."""
+    """Prompts of different lengths decoded together give each the tokens it gets alone, in fp32."""
     samples, ours, tokenizer = samples_of(toy, model, range(16, 26), more=" move now")
-    assert len({len(s["ids"]) for s in samples}) >= 8 and {len(s["grids"]) for s in samples} == {1, 2}  # four have no video
+    assert len({len(s["ids"]) for s in samples}) >= 8
+    assert {len(s["grids"]) for s in samples} == {1, 2}  # four have no video
     ends = tokenizer.convert_tokens_to_ids(ENDS)
-    together = e.generate(ours, e.Prompts.collate(samples, CPU, torch.float32), 1, 16, ends, [0] * 10, temperature=0)
+
+    def greedy(batch):
+        prompts = e.Prompts.collate(batch, CPU, torch.float32)
+        return e.generate(ours, prompts, 1, 16, ends, [0] * len(batch), temperature=0)
+
+    together = greedy(samples)
     for s, row in zip(samples, together):
-        alone = e.generate(ours, e.Prompts.collate([s], CPU, torch.float32), 1, 16, ends, [0], temperature=0)[0]
-        assert torch.equal(row[:, :alone.shape[1]], alone) and (row[:, alone.shape[1]:] == ends[0]).all()
+        [alone] = greedy([s])
+        length = alone.shape[1]
+        assert torch.equal(row[:, :length], alone)
+        assert (row[:, length:] == ends[0]).all()
     assert len({tuple(row) for row in together[:, 0].tolist()}) == 10
 
 
 def test_greedy_responses_are_transformers(tmp_path, toy, model, evaluate):
-    """Trap 1: on every L1 prompt the greedy response is that of transformers' generate under settings of ours, though the
-    vendor's generation_config.json lies in the model's folder. Four frames a video: behind the toy's eight, of 2 x 2 merged
-    patches, transformers' positions differ from the trained rule (FACTS.md, section 3)."""
+    """Trap 1: on every L1 prompt the greedy response is that of transformers' generate.
+
+    It has settings of ours, though the vendor's generation_config.json lies in the model's folder.
+    Four frames a video: behind the toy's eight, of 2 x 2 merged patches, transformers' positions
+    differ from the trained rule (FACTS.md, section 3).
+    """
     evaluate(tmp_path, batch_size=16, max_frames=4)
-    samples, ours, tokenizer = samples_of(toy, model, range(120), max_frames=4)
-    hf, rows = Qwen2VLForConditionalGeneration.from_pretrained(model).eval(), read(tmp_path)
+    rows = read(tmp_path)
+    samples, _, tokenizer = samples_of(toy, model, range(120), max_frames=4)
+
     assert json.loads((model / "generation_config.json").read_text())["top_k"] == 1
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=8, use_cache=True, pad_token_id=tokenizer.pad_token_id,
-                              eos_token_id=tokenizer.convert_tokens_to_ids(ENDS))
+    hf = Qwen2VLForConditionalGeneration.from_pretrained(model).eval()
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=8,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(ENDS),
+    )
     hf.generation_config = greedy
+    nothing = torch.zeros(1, 1, 0, dtype=torch.long)
     for s, row in zip(samples, rows):
-        hf.model.rope_deltas, nothing = None, torch.zeros(1, 1, 0, dtype=torch.long)
-        theirs = hf.generate(**transformers_inputs(hf.config, [s], nothing), generation_config=greedy)[0, len(s["ids"]):]
-        assert row["sample_id"] == s["sample_id"] and row["response"] == tokenizer.decode(theirs, skip_special_tokens=True)
+        hf.model.rope_deltas = None
+        inputs = transformers_inputs(hf.config, [s], nothing)
+        [theirs] = hf.generate(**inputs, generation_config=greedy)
+        response = tokenizer.decode(theirs[len(s["ids"]) :], skip_special_tokens=True)
+        assert row["sample_id"] == s["sample_id"]
+        assert row["response"] == response
     assert len({row["response"] for row in rows}) > 60
 
 
 def test_vendors_generation_config_changes_nothing(tmp_path, toy, model, evaluate):
-    """Trap 1: sampling at temperature 1 stays sampling, whatever generation_config.json says; no file, the same rows."""
+    """Trap 1: sampling at temperature 1 stays sampling, whatever generation_config.json says.
+
+    Without the file there are the same rows.
+    """
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("generation_config.json"))
-    for name, folder in (("vendor", model), ("none", bare)):
-        evaluate(tmp_path / name, model=folder, limit=4, num_samples=4)
+    evaluate(tmp_path / "vendor", model=model, limit=4, num_samples=4)
+    evaluate(tmp_path / "none", model=bare, limit=4, num_samples=4)
     rows = read(tmp_path / "vendor")
-    assert rows == read(tmp_path / "none") and all(len(set(row["responses"])) == 4 for row in rows)
+    assert rows == read(tmp_path / "none")
+    assert all(len(set(row["responses"])) == 4 for row in rows)
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path, evaluate):
-    """A question's samples come from (seed, sample_id): the same bytes from any batch size, others from another seed."""
-    runs = dict(one=dict(batch_size=1), five=dict(batch_size=5), all=dict(batch_size=24), other=dict(seed=1))
-    for name, flags in runs.items():
-        evaluate(tmp_path / name, limit=24, num_samples=2, top_k=40, top_p=0.95, temperature=1.1, **flags)
-    one, five, everything, other = (contents(tmp_path / name)[f"predictions_{L1}.jsonl"] for name in runs)
+    """A question's samples come from (seed, sample_id).
+
+    The same bytes from any batch size, others from another seed.
+    """
+    sampling = dict(num_samples=2, top_k=40, top_p=0.95, temperature=1.1)
+
+    def predictions(name, **flags):
+        evaluate(tmp_path / name, limit=24, **sampling, **flags)
+        return contents(tmp_path / name)[PREDICTIONS]
+
+    one = predictions("one", batch_size=1)
+    five = predictions("five", batch_size=5)
+    everything = predictions("all", batch_size=24)
+    other = predictions("other", seed=1)
     assert one == five == everything != other
-    rows = read(tmp_path / "one")
-    assert len({text for row in rows for text in row["responses"]}) == 48
+
+    texts = set()
+    for row in read(tmp_path / "one"):
+        texts.update(row["responses"])
+    assert len(texts) == 48
 
 
 def test_do_sample(tmp_path, evaluate):
-    """Greedy by default; --do_sample and --do_sample True both sample; the most likely token alone is greedy again."""
-    runs = dict(greedy={}, bare=dict(do_sample=""), true=dict(do_sample=True), false=dict(do_sample=False),
-                top1=dict(do_sample="", top_k=1))
-    for name, flags in runs.items():
+    """Greedy by default; --do_sample and --do_sample True both sample.
+
+    The most likely token alone is greedy again.
+    """
+
+    def rows(name, **flags):
         evaluate(tmp_path / name, limit=4, **flags)
-    rows = {name: read(tmp_path / name) for name in runs}
-    assert rows["greedy"] == rows["false"] == rows["top1"] != rows["bare"] == rows["true"]
+        return read(tmp_path / name)
+
+    greedy = rows("greedy")
+    bare = rows("bare", do_sample="")
+    true = rows("true", do_sample=True)
+    false = rows("false", do_sample=False)
+    top1 = rows("top1", do_sample="", top_k=1)
+    assert greedy == false == top1 != bare == true
 
 
-# ---- Going on after a kill ------------------------------------------------------------------------------------------
+# ---- Going on after a kill -----------------------------------------------------------------------
 @pytest.fixture
 def unbroken(tmp_path, evaluate):
     """A whole run of 24 questions, in batches of 5."""
@@ -345,102 +558,164 @@ def unbroken(tmp_path, evaluate):
     return tmp_path / "unbroken"
 
 
-@pytest.mark.parametrize("cut", ["nothing", "in the first line", "behind a line", "in a line", "before the last newline"])
+@pytest.mark.parametrize(
+    "cut", ["nothing", "in the first line", "behind a line", "in a line", "before the last newline"]
+)
 def test_resume(tmp_path, unbroken, evaluate, cut):
-    """Killed at any byte, the run goes on behind the last whole line, and its files are the unbroken run's, byte for byte."""
+    """Killed at any byte, the run goes on behind the last whole line.
+
+    Its files are the unbroken run's, byte for byte.
+    """
     whole = contents(unbroken)
-    data = whole[f"predictions_{L1}.jsonl"]
+    data = whole[PREDICTIONS]
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-    size = {"nothing": 0, "in the first line": 9, "behind a line": ends[6], "in a line": ends[12] + 30,
-            "before the last newline": len(data) - 1}
+    size = {
+        "nothing": 0,
+        "in the first line": 9,
+        "behind a line": ends[6],
+        "in a line": ends[12] + 30,
+        "before the last newline": len(data) - 1,
+    }
     folder = tmp_path / "killed"
     shutil.copytree(unbroken, folder)
-    os.truncate(folder / f"predictions_{L1}.jsonl", size[cut])
+    os.truncate(folder / PREDICTIONS, size[cut])
     for name in ("summary.json", "summary.md"):
         (folder / name).unlink()
+
     evaluate(folder, limit=24, batch_size=5)
-    assert {name: text.replace(b"killed", b"unbroken") for name, text in contents(folder).items()} == whole
+    files = contents(folder)
+    assert {name: text.replace(b"killed", b"unbroken") for name, text in files.items()} == whole
 
 
 def test_resume_is_by_sample_id(tmp_path, unbroken, evaluate, monkeypatch):
-    """Trap 18: what is missing is found by sample_id, not by a count; every question is there once and in the denominator."""
-    path = unbroken / f"predictions_{L1}.jsonl"
+    """Trap 18: what is missing is found by sample_id, not by a count.
+
+    Every question is there once and in the denominator.
+    """
+    path = unbroken / PREDICTIONS
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[5:10] + lines[:2]))
-    asked, predict = [], e.predict
-    monkeypatch.setattr(e, "predict", lambda *args: asked.extend(s["sample_id"] for s in args[2]) or predict(*args))
-    evaluate(unbroken, limit=24, batch_size=5)
-    assert asked == [json.loads(line)["sample_id"] for line in lines[2:5] + lines[10:]]
-    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines) and summary(unbroken)["total"] == 24
+
+    samples = asked(evaluate, monkeypatch, unbroken, limit=24, batch_size=5)
+    missing = [json.loads(line)["sample_id"] for line in lines[2:5] + lines[10:]]
+    assert [s["sample_id"] for s in samples] == missing
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert summary(unbroken)["total"] == 24
 
 
 def test_another_limit(unbroken, evaluate):
-    """A larger --limit goes on; a smaller one answers nothing and summarises the questions within it alone."""
-    data = contents(unbroken)[f"predictions_{L1}.jsonl"]
+    """A larger --limit goes on; a smaller one answers nothing.
+
+    It summarises the questions within it alone.
+    """
+    data = contents(unbroken)[PREDICTIONS]
     evaluate(unbroken, limit=12)
-    assert contents(unbroken)[f"predictions_{L1}.jsonl"] == data and summary(unbroken)["total"] == 12
+    assert contents(unbroken)[PREDICTIONS] == data
+    assert summary(unbroken)["total"] == 12
+
     evaluate(unbroken, limit=30)
-    assert contents(unbroken)[f"predictions_{L1}.jsonl"].startswith(data) and summary(unbroken)["total"] == 30
+    assert contents(unbroken)[PREDICTIONS].startswith(data)
+    assert summary(unbroken)["total"] == 30
 
 
-@pytest.mark.parametrize("flags, words", [
-    (dict(do_sample=True), ["do_sample False, not True"]), (dict(seed=7), ["seed 42, not 7"]),
-    (dict(max_completion_length=9), ["max_completion_length 8, not 9"]), (dict(max_frames=6), ["max_frames 8, not 6"]),
-    (dict(ablate="no_image"), ["ablate 'none', not 'no_image'"]), (dict(fps=1.5), ["fps 2.0, not 1.5"]),
-    (dict(num_samples=2, top_p=0.5), ["do_sample False, not True", "top_p 1.0, not 0.5", "num_samples 1, not 2"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(do_sample=True), ["do_sample False, not True"]),
+        (dict(seed=7), ["seed 42, not 7"]),
+        (dict(max_completion_length=9), ["max_completion_length 8, not 9"]),
+        (dict(max_frames=6), ["max_frames 8, not 6"]),
+        (dict(ablate="no_image"), ["ablate 'none', not 'no_image'"]),
+        (dict(fps=1.5), ["fps 2.0, not 1.5"]),
+        (
+            dict(num_samples=2, top_p=0.5),
+            ["do_sample False, not True", "top_p 1.0, not 0.5", "num_samples 1, not 2"],
+        ),
+    ],
+)
 def test_changed_settings(unbroken, fails, flags, words):
-    """Another setting in the same folder: exit code 2 with both values, a line for each, and not a byte changes."""
+    """Another setting in the same folder: exit code 2, a line for each, and not a byte changes.
+
+    The line has both values.
+    """
     before = contents(unbroken)
     told = fails(unbroken, **dict(limit=24) | flags)
-    assert [line.partition(" has ")[2] for line in told] == words and contents(unbroken) == before
-    assert all(str(unbroken) in line and L1 in line for line in told)
+    assert [line.partition(" has ")[2] for line in told] == words
+    assert contents(unbroken) == before
+    for line in told:
+        assert str(unbroken) in line
+        assert L1 in line
 
 
 def test_changed_model_or_data(tmp_path, toy, model, evaluate, fails):
-    """Another model or another question, here in its negatives, is an error that names both hashes; a data root that has moved
-    is none."""
-    root, folder = small_root(toy, tmp_path / "root"), tmp_path / "out"
+    """Another model or another question, here in its negatives, is an error with both hashes.
+
+    A data root that has moved is none.
+    """
+    root = small_root(toy, tmp_path / "root")
+    folder = tmp_path / "out"
     evaluate(folder, data_root=root, limit=3)
     before = contents(folder)
     told = fails(folder, data_root=root, model=toy / "init")
-    assert len(told) == 1 and " has model_sha256 " in told[0] and contents(folder) == before
+    assert len(told) == 1
+    assert " has model_sha256 " in told[0]
+    assert contents(folder) == before
+
     root = root.rename(tmp_path / "moved")
     evaluate(folder, data_root=root, limit=3)
     assert contents(folder) == before
+
+    # The question is beyond the limit.
     path = root / f"annotations/{L1}.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | dict(choice_d="stay"))]))  # beyond the limit
+    *lines, last = path.read_text().splitlines()
+    changed = json.dumps(json.loads(last) | dict(choice_d="stay"))
+    path.write_text("\n".join([*lines, changed]))
     told = fails(folder, data_root=root, limit=3)
     old = json.loads((folder / f"settings_{L1}.json").read_text())["data_sha256"]
-    assert len(told) == 1 and f" has data_sha256 {old!r}, not '" in told[0] and contents(folder) == before
+    assert len(told) == 1
+    assert f" has data_sha256 {old!r}, not '" in told[0]
+    assert contents(folder) == before
 
 
 def test_broken_predictions(unbroken, fails):
     """A whole line that is no JSON is no trace of a kill: exit code 2, naming the file."""
-    path = unbroken / f"predictions_{L1}.jsonl"
+    path = unbroken / PREDICTIONS
     path.write_bytes(b"{]\n" + path.read_bytes())
     before = contents(unbroken)
-    assert len(told := fails(unbroken, limit=24)) == 1 and str(path) in told[0] and contents(unbroken) == before
+    told = fails(unbroken, limit=24)
+    assert len(told) == 1
+    assert str(path) in told[0]
+    assert contents(unbroken) == before
 
 
-# ---- Failures -------------------------------------------------------------------------------------------------------
+# ---- Failures ------------------------------------------------------------------------------------
 def test_failed_samples(tmp_path, toy, evaluate, say):
-    """Traps 13 and 18: an unreadable video is a row with its error, in the column `failed` and in no denominator; the others of
-    its batch are answered. A batch of failures alone passes too."""
+    """Traps 13 and 18: an unreadable video is a row with its error, and in no denominator.
+
+    It is in the column `failed`; the others of its batch are answered. A batch of failures alone
+    passes too.
+    """
     root = small_root(toy, tmp_path / "root")
     for name in ("1001", "1004", "1005"):
         (root / f"videos/EpicKitchens/{name}.avi").write_bytes(b"no video")
     say(lambda i: ["<answer>A</answer>"])
     out = evaluate(tmp_path / "out", data_root=root, batch_size=4)
-    rows, x = read(tmp_path / "out"), summary(tmp_path / "out")
+
+    rows = read(tmp_path / "out")
     assert [row["sample_id"] for row in rows] == [*range(1000, 1006)]
     assert [row["sample_id"] for row in rows if row["error"]] == [1001, 1004, 1005]
-    assert "1001.avi" in rows[1]["error"] and rows[1]["response"] is rows[1]["predicted"] is None and not rows[1]["correct"]
+    assert "1001.avi" in rows[1]["error"]
+    assert rows[1]["response"] is rows[1]["predicted"] is None
+    assert not rows[1]["correct"]
+
+    x = summary(tmp_path / "out")
     right = sum(row["gold"] == "A" for row in rows if not row["error"])
     assert (x["correct"], x["total"], x["failed"], x["no_answer"]) == (right, 3, 3, 0)
     assert (x["accuracy"], x["accuracy_failed_wrong"]) == (right / 3, right / 6)
     line = out.splitlines()[2]
-    assert line.endswith(" | 3 |") and (f", accuracy_failed_wrong {100 * right / 6:.1f} (" in line) == (right > 0)
+    assert line.endswith(" | 3 |")
+    assert (f", accuracy_failed_wrong {100 * right / 6:.1f} (" in line) == (right > 0)
+
     before = contents(tmp_path / "out")
     evaluate(tmp_path / "out", data_root=root)
     assert contents(tmp_path / "out") == before  # a failed one is answered too
@@ -453,6 +728,7 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
     golds = [row["gold"] for row in read(tmp_path / "golds")]
     (root / "videos/EpicKitchens/1001.avi").write_bytes(b"no video")
     say(lambda i: [[golds[0]] * 3, [golds[2], "?", golds[2]]][i])
+
     evaluate(tmp_path / "out", data_root=root, num_samples=3)
     x = summary(tmp_path / "out")
     assert (x["correct"], x["total"], x["failed"], x["accuracy_failed_wrong"]) == (2, 2, 1, 2 / 3)
@@ -460,12 +736,20 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
     assert [row["response"] is None for row in read(tmp_path / "out")] == [False, True, False]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (dict(splits="validation_L9"), "annotations/validation_L9.jsonl: no such annotation file"),
-    (dict(splits="training_with_cot_6k"), "sample_id 0"), (dict(data_root="nowhere"), "nowhere/annotations"),
-    (dict(model="nowhere/model"), "--model nowhere/model"), (dict(ablate="sound"), "--ablate: invalid choice: 'sound'"),
-    (dict(top_p=0), "--top_p 0.0"), (dict(num_samples=0), "--num_samples 0"), (dict(temperature="nan"), "--temperature nan"),
-    (dict(compare="nowhere"), "--compare nowhere: no predictions there")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(splits="validation_L9"), "annotations/validation_L9.jsonl: no such annotation file"),
+        (dict(splits="training_with_cot_6k"), "sample_id 0"),
+        (dict(data_root="nowhere"), "nowhere/annotations"),
+        (dict(model="nowhere/model"), "--model nowhere/model"),
+        (dict(ablate="sound"), "--ablate: invalid choice: 'sound'"),
+        (dict(top_p=0), "--top_p 0.0"),
+        (dict(num_samples=0), "--num_samples 0"),
+        (dict(temperature="nan"), "--temperature nan"),
+        (dict(compare="nowhere"), "--compare nowhere: no predictions there"),
+    ],
+)
 def test_errors(tmp_path, fails, flags, words):
     """What cannot be evaluated ends with exit code 2 and says why, before anything is written."""
     told = fails(tmp_path / "out", **flags)
@@ -473,102 +757,178 @@ def test_errors(tmp_path, fails, flags, words):
     assert not (tmp_path / "out").exists()
 
 
-# ---- Ranks ----------------------------------------------------------------------------------------------------------
+# ---- Ranks ---------------------------------------------------------------------------------------
 def test_two_ranks(tmp_path, toy, model, evaluate):
-    """Two ranks share the questions, an odd number of batches and a half-done file, and leave the same files as one."""
-    flags = dict(limit=21, batch_size=4, max_completion_length=6, num_samples=2)
-    evaluate(tmp_path / "one", **flags)
-    (tmp_path / "two").mkdir()
-    one = contents(tmp_path / "one")
-    lines = one[f"predictions_{L1}.jsonl"].split(b"\n")
-    shutil.copy(tmp_path / f"one/settings_{L1}.json", tmp_path / "two")
-    (tmp_path / f"two/predictions_{L1}.jsonl").write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:40])
-    flags |= dict(model=model, data_root=toy / "data", splits=L1, output_dir=tmp_path / "two", max_frames=8, frame_size=56,
-                  dataloader_num_workers=0)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "eval_video.py",
-               *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+    """Two ranks leave the same files as one.
+
+    They share an odd number of batches and go on with a half-done file.
+    """
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    few = dict(limit=21, batch_size=4, max_completion_length=6, num_samples=2)
+    evaluate(one, **few)
+    whole = contents(one)
+    two.mkdir()
+    shutil.copy(one / f"settings_{L1}.json", two)
+    lines = whole[PREDICTIONS].splitlines(keepends=True)
+    (two / PREDICTIONS).write_bytes(b"".join(lines[:3]) + lines[3][:40])
+
+    flags = few | dict(
+        model=model,
+        data_root=toy / "data",
+        splits=L1,
+        output_dir=two,
+        max_frames=8,
+        frame_size=56,
+        dataloader_num_workers=0,
+    )
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, ROOT / "eval_video.py", *words],
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {name: text.replace(b"/two", b"/one") for name, text in contents(tmp_path / "two").items()} == one
-    assert done.stdout.count("| model |") == 1 and len(done.stdout.splitlines()) == 4  # rank 0 alone speaks
+    files = contents(two)
+    assert {name: text.replace(b"/two", b"/one") for name, text in files.items()} == whole
+
+    # Rank 0 alone speaks.
+    assert done.stdout.count("| model |") == 1
+    assert len(done.stdout.splitlines()) == 4
 
 
-# ---- Ablations ------------------------------------------------------------------------------------------------------
-def asked(evaluate, monkeypatch, folder, **flags):
-    """The samples that an evaluation hands to the model."""
-    samples, predict = [], e.predict
-    monkeypatch.setattr(e, "predict", lambda *args: samples.extend(args[2]) or predict(*args))
-    evaluate(folder, limit=22, max_completion_length=2, **flags)
-    monkeypatch.setattr(e, "predict", predict)
-    return samples
-
-
+# ---- Ablations -----------------------------------------------------------------------------------
 def test_ablations(tmp_path, toy, model, evaluate, monkeypatch):
     """Each ablation takes what it says from the prompt and from the pixels, and nothing else."""
     config = e.load_model(model, CPU, torch.float32).config
-    video, image = config.video_token_id, config.image_token_id
-    runs = {name: asked(evaluate, monkeypatch, tmp_path / name, ablate=name)
-            for name in ("none", "no_video", "no_image", "text_only", "shuffle_frames")}
+
+    def placeholders(sample):
+        """How many a sample has for the video and for the image."""
+        ids = sample["ids"].tolist()
+        return ids.count(config.video_token_id), ids.count(config.image_token_id)
+
+    few = dict(limit=22, max_completion_length=2)
+    runs = {}
+    for name in ("none", "no_video", "no_image", "text_only", "shuffle_frames"):
+        runs[name] = asked(evaluate, monkeypatch, tmp_path / name, ablate=name, **few)
+
     for i, whole in enumerate(runs["none"]):
-        has_video, ids = i < 20, whole["ids"].tolist()
+        has_video = i < 20
+        video = 16 * has_video
         assert whole["grids"] == [(4, 4, 4)] * has_video + [(1, 4, 4)]
-        assert (ids.count(video), ids.count(image)) == (16 * has_video, 4)
-        left = dict(no_video=(0, 4), no_image=(16 * has_video, 0), text_only=(0, 0), shuffle_frames=(16 * has_video, 4))
-        pixels = dict(no_video=whole["patches"][-16:], no_image=whole["patches"][:-16], text_only=whole["patches"][:0])
-        for name, counts in left.items():
+        assert placeholders(whole) == (video, 4)
+
+        left = dict(
+            no_video=(0, 4),
+            no_image=(video, 0),
+            text_only=(0, 0),
+            shuffle_frames=(video, 4),
+        )
+        question = whole["text"].split("<|vision_end|>")[-1]
+        for name, (videos, images) in left.items():
             s = runs[name][i]
-            assert (s["ids"].tolist().count(video), s["ids"].tolist().count(image)) == counts
-            assert s["sample_id"] == whole["sample_id"] and s["text"].endswith(whole["text"].split("<|vision_end|>")[-1])
-            assert s["text"].count("<|vision_start|>") == bool(counts[0]) + bool(counts[1])
-            assert name == "shuffle_frames" or torch.equal(s["patches"], pixels[name])
-    moved = 0  # the same slices of two frames, in another order; the image stays
-    for whole, s in zip(runs["none"], runs["shuffle_frames"]):
-        before, after = whole["patches"].view(-1, 16, 1176), s["patches"].view(-1, 16, 1176)
-        assert torch.equal(before[-1], after[-1]) and s["ids"].tolist() == whole["ids"].tolist()
-        assert sorted(x.numpy().tobytes() for x in before) == sorted(x.numpy().tobytes() for x in after)
+            assert placeholders(s) == (videos, images)
+            assert s["sample_id"] == whole["sample_id"]
+            assert s["text"].endswith(question)
+            assert s["text"].count("<|vision_start|>") == bool(videos) + bool(images)
+
+        patches = whole["patches"]
+        assert torch.equal(runs["no_video"][i]["patches"], patches[-16:])
+        assert torch.equal(runs["no_image"][i]["patches"], patches[:-16])
+        assert torch.equal(runs["text_only"][i]["patches"], patches[:0])
+
+    # The order of the frames is the question's own, whatever its batch.
+    shuffled = runs["shuffle_frames"]
+    check_shuffled(runs["none"], shuffled)
+    flags = dict(few, ablate="shuffle_frames", batch_size=3)
+    again = asked(evaluate, monkeypatch, tmp_path / "again", **flags)
+    for a, b in zip(again, shuffled):
+        assert torch.equal(a["patches"], b["patches"])
+
+
+def check_shuffled(plain, shuffled):
+    """The same slices of two frames, in another order; the image stays."""
+    moved = 0
+    for whole, s in zip(plain, shuffled):
+        before = whole["patches"].view(-1, 16, 1176)
+        after = s["patches"].view(-1, 16, 1176)
+        assert torch.equal(before[-1], after[-1])
+        assert s["ids"].tolist() == whole["ids"].tolist()
+
+        slices = sorted(x.numpy().tobytes() for x in before)
+        assert slices == sorted(x.numpy().tobytes() for x in after)
         moved += not torch.equal(before, after)
     assert 15 <= moved <= 20
-    again = asked(evaluate, monkeypatch, tmp_path / "again", ablate="shuffle_frames", batch_size=3)
-    assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(again, runs["shuffle_frames"]))
 
 
-# ---- Rejection sampling ---------------------------------------------------------------------------------------------
+# ---- Rejection sampling --------------------------------------------------------------------------
 def test_save_cot(tmp_path, toy, evaluate, say):
-    """--save_cot keeps the right responses that show their thinking, shortest first, as rows that sft_video.py reads."""
+    """--save_cot keeps the right responses that show their thinking, shortest first.
+
+    They are rows that sft_video.py reads.
+    """
     evaluate(tmp_path / "golds", limit=3)
     golds = [row["gold"] for row in read(tmp_path / "golds")]
 
     def answer(i):
-        right, wrong = golds[i], "ABCD"[golds[i] == "A"]
-        said = [("<think>it moves up</think>", right), ("<think>it</think>", wrong), ("<think>it moves</think>", right),
-                ("", right), ("<think>it moves</think>", right)] if i < 2 else [("", right)] * 5
-        return [f"{thought}<answer>{letter}</answer>" for thought, letter in said]
-    file, rows = tmp_path / "cot.jsonl", {}
+        right = f"<answer>{golds[i]}</answer>"
+        wrong = f"<answer>{'ABCD'[golds[i] == 'A']}</answer>"
+        if i == 2:
+            return [right] * 5
+        return [
+            "<think>it moves up</think>" + right,
+            "<think>it</think>" + wrong,
+            "<think>it moves</think>" + right,
+            right,
+            "<think>it moves</think>" + right,
+        ]
+
+    file = tmp_path / "cot.jsonl"
+    rows = {}
     for keep in (1, 2, 9):
         say(answer)
         evaluate(tmp_path / "out", limit=3, num_samples=5, save_cot=file, cot_per_question=keep)
         rows[keep] = e.load_records(file, toy / "data", sft_video.parse_chat)
-    assert [len(rows[keep]) for keep in (1, 2, 9)] == [2, 4, 4] and rows[1] == rows[9][::2]
-    assert [r["response"] for r in rows[9]] == [f"<think>it moves{up}</think><answer>{gold}</answer>"
-                                                for gold in golds[:2] for up in ("", " up")]
-    content = json.loads(file.read_text().splitlines()[0])["prompt"][0]["content"]
-    assert content[:2] == [dict(type="video", video="videos/EpicKitchens/1000.avi"),
-                           dict(type="image", image="images/EpicKitchens/1000.png")]
+    assert [len(rows[keep]) for keep in (1, 2, 9)] == [2, 4, 4]
+    assert rows[1] == rows[9][::2]
+    expected = []
+    for gold in golds[:2]:
+        expected.append(f"<think>it moves</think><answer>{gold}</answer>")
+        expected.append(f"<think>it moves up</think><answer>{gold}</answer>")
+    assert [row["response"] for row in rows[9]] == expected
+
+    content = read_rows(file)[0]["prompt"][0]["content"]
+    assert content[:2] == [
+        dict(type="video", video="videos/EpicKitchens/1000.avi"),
+        dict(type="image", image="images/EpicKitchens/1000.png"),
+    ]
+
+    # Each has the prompt that was answered.
     records = e.load_records(toy / f"data/annotations/{L1}.jsonl", toy / "data")
     tokenizer = AutoTokenizer.from_pretrained(toy / "init")
     for row, record in zip(rows[1], records):
-        assert e.extract_answer(row["response"]) == record["gold"] and row["media"] == record["media"]
-        assert len({tokenizer.apply_chat_template(messages, tokenize=False) for messages in (
-            row["messages"], e.build_messages(record, record["choices"]))}) == 1  # the prompt that was answered
+        assert e.extract_answer(row["response"]) == record["gold"]
+        assert row["media"] == record["media"]
+        prompt = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        messages = e.build_messages(record, record["choices"])
+        assert prompt == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_save_cot_without_thinking(tmp_path, evaluate, fails, say):
-    """Right answers alone teach no thinking: without any </think> the predictions are kept, no file is written, exit code 2."""
+    """Right answers alone teach no thinking: without any </think> it is exit code 2.
+
+    The predictions are kept, no file is written.
+    """
     evaluate(tmp_path / "golds", limit=3)
     golds = [row["gold"] for row in read(tmp_path / "golds")]
     say(lambda i: [f"<answer>{golds[i]}</answer>"])
     told = fails(tmp_path / "out", limit=3, save_cot=tmp_path / "cot.jsonl")
-    assert len(told) == 1 and "</think>" in told[0] and not (tmp_path / "cot.jsonl").exists()
+    assert len(told) == 1
+    assert "</think>" in told[0]
+    assert not (tmp_path / "cot.jsonl").exists()
     assert summary(tmp_path / "out")["accuracy"] == 1
 
 
@@ -576,57 +936,95 @@ def test_drawn_choices(tmp_path, toy, evaluate, say, monkeypatch):
     """A question with negative_answers is asked, judged and saved with the same drawn choices."""
     root = small_root(toy, tmp_path / "root", 4)
     path = root / f"annotations/{L1}.jsonl"
-    raws = [json.loads(line) | dict(golden_choice_idx=None, negative_answers=["fly", "swim", "dive", "sit", "lie"])
-            for line in path.read_text().splitlines()]
+    negatives = ["fly", "swim", "dive", "sit", "lie"]
+    raws = read_rows(path)
+    for raw in raws:
+        raw |= dict(golden_choice_idx=None, negative_answers=negatives)
     path.write_text("".join(json.dumps(raw) + "\n" for raw in raws))
-    samples = asked(evaluate, monkeypatch, tmp_path / "golds", data_root=root)
+
+    flags = dict(data_root=root, limit=22, max_completion_length=2)
+    samples = asked(evaluate, monkeypatch, tmp_path / "golds", **flags)
     say(lambda i: [f"<think>so</think><answer>{samples[i]['gold']}</answer>"])
     evaluate(tmp_path / "out", data_root=root, save_cot=tmp_path / "cot.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "cot.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 == summary(tmp_path / "out")["correct"] and len({s["gold"] for s in samples}) > 1
+    rows = read_rows(tmp_path / "cot.jsonl")
+    assert len(rows) == 4 == summary(tmp_path / "out")["correct"]
+    assert len({s["gold"] for s in samples}) > 1
     for s, raw, row in zip(samples, raws, rows):
-        letter = "ABCD".index(s["gold"])
-        assert s["choices"][letter] == raw["answer"]
-        assert row["prompt"][0]["content"][-1]["text"] in s["text"] and f"\n{s['gold']}. {raw['answer']}\n" in s["text"]
+        gold = s["gold"]
+        text = row["prompt"][0]["content"][-1]["text"]
+        assert s["choices"]["ABCD".index(gold)] == raw["answer"]
+        assert text in s["text"]
+        assert f"\n{gold}. {raw['answer']}\n" in s["text"]
 
 
-# ---- Comparison -----------------------------------------------------------------------------------------------------
+# ---- Comparison ----------------------------------------------------------------------------------
+def cells_of(out):
+    """A printed table: (the row's first cell, the column's name) -> cell."""
+    rows = []
+    for line in out.splitlines():
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    cells = {}
+    for row in rows:
+        for column, cell in zip(rows[0], row):
+            cells[row[0], column] = cell
+    return cells
+
+
 def test_compare(tmp_path, evaluate):
-    """One table: each folder's accuracy, and behind the first the difference on shared questions with McNemar's p, by hand."""
-    base, other = tmp_path / "base", tmp_path / "run" / "base"
+    """One table: each folder's accuracy, and behind the first the difference with McNemar's p.
+
+    The difference is on the questions that both have. The numbers are worked by hand.
+    """
+    base = tmp_path / "base"
+    other = tmp_path / "run" / "base"
     other.parent.mkdir()
-    # 20 questions: 2 lost, 10 gained, 3 right in both, 5 wrong in both; and one that failed in each
+    # 20 questions: 2 lost, 10 gained, 3 right in both, 5 wrong in both; one more failed in each.
     pairs = [(1, 0)] * 2 + [(0, 1)] * 10 + [(1, 1)] * 3 + [(0, 0)] * 5 + [(None, 1), (0, None)]
     for folder, side in ((base, 0), (other, 1)):
         made_up(folder, L1, [(i, "all", pair[side]) for i, pair in enumerate(pairs)])
         made_up(folder, L3, ROWS)
     made_up(other, "LVB", [("v", "15 s", True)])
     before = {**contents(base), **contents(other)}
+
     out = evaluate(tmp_path / "none", compare=f"{base} {other}", paper="True")
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
-    cells = {line[0]: dict(zip(table[0], line)) for line in table}
-    # base: 5 of 21 = 23.8 % (.1063, .4509), of 22 22.7; other: 14 of 21 = 66.7 % (.4537, .8281), of 22 63.6
-    # 8 of 20 more: 40 points; p = 2 (1 + 12 + 66) / 4096
-    assert cells[str(base)]["L1"] == "23.8 (11–45), accuracy_failed_wrong 22.7 (10–43)"
-    assert cells[str(other)]["L1"] == "66.7 (45–83), accuracy_failed_wrong 63.6 (43–80), +40.0 (p = 0.039)"
-    assert cells[str(other)]["L3 Work"] == "66.7 (30–90), +0.0 (p = 1)" and cells[str(base)]["L3 Work"] == "66.7 (30–90)"
-    assert (cells[str(other)]["LVB 15 s"], cells[str(base)]["LVB"]) == ("100.0 (21–100)", "")
-    assert (cells[str(base)]["failed"], cells[str(other)]["failed"]) == ("3", "3")
-    assert cells["paper: + GRPO"]["L3 Work"] == "41.34" and cells["paper: Qwen2-VL-7B"]["L3"] == "31.57"
-    assert {**contents(base), **contents(other)} == before and not (tmp_path / "none").exists()
+    cells = cells_of(out)
+    first = str(base)
+    second = str(other)
+    # base: 5 of 21 = 23.8 % (.1063, .4509), of 22 22.7; other: 14 of 21 = 66.7 % (.4537, .8281), of
+    # 22 63.6. 8 of 20 more: 40 points; p = 2 (1 + 12 + 66) / 4096.
+    assert cells[first, "L1"] == "23.8 (11–45), accuracy_failed_wrong 22.7 (10–43)"
+    more = "+40.0 (p = 0.039)"
+    assert cells[second, "L1"] == f"66.7 (45–83), accuracy_failed_wrong 63.6 (43–80), {more}"
+    assert cells[first, "L3 Work"] == "66.7 (30–90)"
+    assert cells[second, "L3 Work"] == "66.7 (30–90), +0.0 (p = 1)"
+    assert cells[first, "LVB"] == ""
+    assert cells[second, "LVB 15 s"] == "100.0 (21–100)"
+    assert cells[first, "failed"] == "3"
+    assert cells[second, "failed"] == "3"
+    assert cells["paper: + GRPO", "L3 Work"] == "41.34"
+    assert cells["paper: Qwen2-VL-7B", "L3"] == "31.57"
+    assert {**contents(base), **contents(other)} == before
+    assert not (tmp_path / "none").exists()
 
 
 def test_compare_leaves_a_running_evaluation_alone(tmp_path, evaluate):
     """Half a last line belongs to a run that is writing it: it is not counted and not cut off."""
-    path = made_up(tmp_path / "a", L1, [(0, "all", 1), (1, "all", 0)]) / f"predictions_{L1}.jsonl"
-    os.truncate(path, size := path.stat().st_size - 5)
-    assert "| 100.0 (21–100) | 0 |" in evaluate(tmp_path / "none", compare=tmp_path / "a") and path.stat().st_size == size
+    folder = made_up(tmp_path / "a", L1, [(0, "all", 1), (1, "all", 0)])
+    path = folder / PREDICTIONS
+    size = path.stat().st_size - 5
+    os.truncate(path, size)
+    out = evaluate(tmp_path / "none", compare=folder)
+    assert "| 100.0 (21–100) | 0 |" in out
+    assert path.stat().st_size == size
 
 
 def test_compare_errors(tmp_path, fails):
     """A folder without predictions, or with a broken line: exit code 2, naming it."""
     (tmp_path / "empty").mkdir()
     a = made_up(tmp_path / "a", L1, [(0, "all", 1)])
-    assert f"--compare {tmp_path}/empty: no predictions there" in fails(tmp_path / "none", compare=f"{a} {tmp_path}/empty")[0]
-    (a / f"predictions_{L1}.jsonl").write_text("no json\n")
-    assert f"{a}/predictions_{L1}.jsonl: " in fails(tmp_path / "none", compare=a)[0]
+    told = fails(tmp_path / "none", compare=f"{a} {tmp_path}/empty")
+    assert f"--compare {tmp_path}/empty: no predictions there" in told[0]
+
+    (a / PREDICTIONS).write_text("no json\n")
+    told = fails(tmp_path / "none", compare=a)
+    assert f"{a}/{PREDICTIONS}: " in told[0]

@@ -1,5 +1,9 @@
-"""The algorithm and the model at length: transformers run the plain way and float64 loops are the oracles; one test per trap of
-FACTS.md, section 4, that concerns them. test_smoke.py has the golden numbers and the short version."""
+"""The algorithm and the model at length, with one test per trap of the README, section 6.
+
+transformers run the plain way and float64 loops are the oracles. test_smoke.py has the golden
+numbers and the short version.
+"""
+
 import json
 import math
 import os
@@ -12,63 +16,131 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.bias import CausalBias
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, get_scheduler
 
 import grpo_video
-from conftest import ROOT
-from grpo_video import (Config, completion_mask, entropy_of, finished_rows, generate, group_advantages, k3_kl, load_model,
-                        mrope_positions, open_run, optimizer_step, policy_loss, reward_of, rollout, rollout_metrics, save_model)
-from test_smoke import (CLIP, CPU, END, IMAGE, OTHER_END, STILL, TINY, TINY_VISION, VIDEO, collate, make_group, make_sample,
-                        random_completions, run_update, transformers_gradients, transformers_logits, transformers_logp)
+from grpo_video import (
+    Config,
+    Group,
+    completion_mask,
+    entropy_of,
+    finished_rows,
+    generate,
+    group_advantages,
+    k3_kl,
+    load_model,
+    mrope_positions,
+    open_run,
+    optimizer_step,
+    policy_loss,
+    reward_of,
+    rollout,
+    rollout_metrics,
+    save_model,
+)
+from test_smoke import (
+    CLIP,
+    CPU,
+    END,
+    IMAGE,
+    OTHER_END,
+    STILL,
+    TINY,
+    TINY_VISION,
+    VIDEO,
+    collate,
+    make_group,
+    make_sample,
+    random_completions,
+    run_update,
+    transformers_gradients,
+    transformers_logits,
+    transformers_logp,
+)
 
 ENDS = [END, OTHER_END]
-LONG, SHORT = (3, CLIP, 2, STILL, 5), (4, STILL, 1)
-SETTINGS = dict(num_generations=4, max_completion_length=6, temperature=1.0, seed=5, format_reward_weight=0.0,
-                scale_rewards=True)
+LONG = (3, CLIP, 2, STILL, 5)  # the parts of a prompt, as make_sample takes them
+SHORT = (4, STILL, 1)
+SETTINGS = dict(
+    num_generations=4,
+    max_completion_length=6,
+    temperature=1.0,
+    seed=5,
+    format_reward_weight=0.0,
+    scale_rewards=True,
+)
 
 
 def relative(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
-# ---- The forward --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("changes", [
-    dict(tie_word_embeddings=False), dict(num_key_value_heads=1), dict(num_key_value_heads=4),
-    dict(hidden_size=32, rope_scaling=dict(type="mrope", mrope_section=[2, 1, 1])), dict(rope_theta=1e6),
-    dict(rope_scaling=dict(type="mrope", mrope_section=[4, 2, 2])), dict(num_hidden_layers=3, rms_norm_eps=1e-2),
-    dict(vision_config=dict(embed_dim=48, num_heads=2, mlp_ratio=2, depth=3))], ids=str)
+# ---- The forward ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_word_embeddings=False),
+        dict(num_key_value_heads=1),
+        dict(num_key_value_heads=4),
+        dict(hidden_size=32, rope_scaling=dict(type="mrope", mrope_section=[2, 1, 1])),
+        dict(rope_theta=1e6),
+        dict(rope_scaling=dict(type="mrope", mrope_section=[4, 2, 2])),
+        dict(num_hidden_layers=3, rms_norm_eps=1e-2),
+        dict(vision_config=dict(embed_dim=48, num_heads=2, mlp_ratio=2, depth=3)),
+    ],
+    ids=str,
+)
 def test_parity_over_configs(tiny_model, changes):
-    """A size, a head count, a rope setting or the untied head is taken from somewhere else than the config."""
+    """A size, a head count, a rope setting or the untied head does not come from the config."""
     _, hf, model = tiny_model(**changes)
-    samples, completions = [make_sample(model.config, *parts) for parts in (LONG, SHORT)], random_completions(2, 2, 4)
+    samples = [make_sample(model.config, *parts) for parts in (LONG, SHORT)]
+    completions = random_completions(2, 2, 4)
     with torch.no_grad():
         theirs = transformers_logits(hf, samples, completions)
-        ours = model.logits(model.completion_states(collate(*samples), completions)).view_as(theirs)
+        states = model.completion_states(collate(*samples), completions)
+        ours = model.logits(states).view_as(theirs)
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("media", [
-    [("image", (1, 2, 2))], [("image", (1, 12, 2))], [("video", (4, 2, 8))], [("video", (1, 8, 8)), ("image", (1, 2, 10))],
-    [("image", (1, 4, 4)), ("video", (2, 6, 4)), ("image", (1, 2, 4)), ("video", (1, 2, 2))]], ids=str)
+@pytest.mark.parametrize(
+    "media",
+    [
+        [("image", (1, 2, 2))],
+        [("image", (1, 12, 2))],
+        [("video", (4, 2, 8))],
+        [("video", (1, 8, 8)), ("image", (1, 2, 10))],
+        [("image", (1, 4, 4)), ("video", (2, 6, 4)), ("image", (1, 2, 4)), ("video", (1, 2, 2))],
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("G, C", [(1, 1), (1, 6), (4, 1), (3, 4)])
 def test_parity_over_grids(tiny_model, media, G, C):
-    """A vision grid's shape, an order of media, one completion or one token is a special case somewhere."""
+    """A vision grid's shape, an order of media, one completion or one token is a special case."""
     _, hf, model = tiny_model()
-    sample = make_sample(model.config, 2, *(part for m in media for part in (m, 1)), 3)
+    parts = [2]
+    for medium in media:
+        parts += [medium, 1]
+    sample = make_sample(model.config, *parts, 3)
     completions = random_completions(1, G, C)
     with torch.no_grad():
-        assert (model(collate(sample), completions) - transformers_logp(hf, [sample], completions)).abs().max() <= 1e-5
+        ours = model(collate(sample), completions)
+        theirs = transformers_logp(hf, [sample], completions)
+    assert (ours - theirs).abs().max() <= 1e-5
 
 
 def test_text_beside_video_in_a_batch(tiny_model):
     """A prompt without any media takes the features of its neighbour in the batch."""
     _, hf, model = tiny_model()
-    samples, completions = [make_sample(model.config, *parts) for parts in ((20,), LONG, (1,))], random_completions(3, 2, 4)
+    samples = [make_sample(model.config, *parts) for parts in ((20,), LONG, (1,))]
+    completions = random_completions(3, 2, 4)
     with torch.no_grad():
-        assert (model(collate(*samples), completions) - transformers_logp(hf, samples, completions)).abs().max() <= 1e-5
+        ours = model(collate(*samples), completions)
+        theirs = transformers_logp(hf, samples, completions)
+    assert (ours - theirs).abs().max() <= 1e-5
 
 
 def test_parity_of_small_activations(tiny_model):
@@ -76,54 +148,88 @@ def test_parity_of_small_activations(tiny_model):
     _, hf, model = tiny_model()
     for visual in (hf.model.visual, model.visual):
         for name, p in visual.named_parameters():
-            p.data *= 0.02 if re.search("patch_embed|attn.proj|fc2", name) else 1
-    sample, completions = make_sample(model.config, *LONG), random_completions(1, 2, 4)
+            if re.search("patch_embed|attn.proj|fc2", name):
+                p.data *= 0.02
+
+    sample = make_sample(model.config, *LONG)
+    completions = random_completions(1, 2, 4)
     with torch.no_grad():
-        assert (model(collate(sample), completions) - transformers_logp(hf, [sample], completions)).abs().max() <= 1e-5
+        ours = model(collate(sample), completions)
+        theirs = transformers_logp(hf, [sample], completions)
+    assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("grid, placeholders, after, agrees", [
-    # (t, h, w) in patches; the (t, h, w) positions of its placeholders after one word at 0; the position of the next word.
-    ((2, 4, 4), [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)], 3, True),
-    ((1, 2, 6), [(1, 1, 1), (1, 1, 2), (1, 1, 3)], 4, True),
-    ((2, 4, 2), [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1)], 3, True),
-    ((3, 2, 2), [(1, 1, 1), (2, 1, 1), (3, 1, 1)], 4, False),  # transformers goes on at 2
-    ((3, 4, 2), [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (3, 2, 1)], 4, False),  # transformers: 3
-])
+# A grid (t, h, w) in patches; the (t, h, w) positions of its placeholders, after one word at 0; the
+# position of the next word; whether transformers' rule gives the same.
+# fmt: off
+MROPE = [
+    ((2, 4, 4), [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2),
+                 (2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2)], 3, True),
+    ((1, 2, 6), [(1, 1, 1), (1, 1, 2), (1, 1, 3)],            4, True),
+    ((2, 4, 2), [(1, 1, 1), (1, 2, 1),
+                 (2, 1, 1), (2, 2, 1)],                       3, True),
+    ((3, 2, 2), [(1, 1, 1), (2, 1, 1), (3, 1, 1)],            4, False),  # transformers: 2
+    ((3, 4, 2), [(1, 1, 1), (1, 2, 1),
+                 (2, 1, 1), (2, 2, 1),
+                 (3, 1, 1), (3, 2, 1)],                       4, False),  # transformers: 3
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("grid, placeholders, after, agrees", MROPE)
 def test_mrope_rule(tiny_model, grid, placeholders, after, agrees):
-    """After a vision block the text goes on at the maximum over t, h and w, plus 1; transformers leaves t out (FACTS.md, 3)."""
+    """After a vision block the text goes on at the maximum over t, h and w, plus 1.
+
+    transformers leaves t out (README, section 6).
+    """
     _, hf, model = tiny_model()
     ids = torch.tensor([5] + [VIDEO] * len(placeholders) + [6, 7])
     ours = mrope_positions(ids.tolist(), [grid], model.config)
     assert ours.T.tolist() == [[0] * 3, *map(list, placeholders), [after] * 3, [after + 1] * 3]
-    theirs, _ = hf.model.get_rope_index(ids[None], 2 * (ids == VIDEO)[None].long(), video_grid_thw=torch.tensor([grid]))
+
+    kinds = 2 * (ids == VIDEO).long()  # 0 text, 2 video
+    grids = torch.tensor([grid])
+    theirs, _ = hf.model.get_rope_index(ids[None], kinds[None], video_grid_thw=grids)
     assert torch.equal(theirs[:, 0], ours) == agrees
 
 
 def test_mrope_of_adjacent_videos(tiny_model):
-    """Two videos with no token between them are taken for one: (1,2,4) at 0..1, then (1,2,2) at 2, then text at 3."""
+    """Two videos with no token between them are taken for one.
+
+    Right is (1, 2, 4) at 0..1, then (1, 2, 2) at 2, then text at 3.
+    """
     config = tiny_model()[2].config
     ours = mrope_positions([VIDEO, VIDEO, IMAGE, 5], [(1, 2, 4), (1, 2, 2)], config)
     assert ours.T.tolist() == [[0, 0, 0], [0, 0, 1], [2, 2, 2], [3, 3, 3]]
 
 
 def test_parity_where_the_mrope_rules_differ(tiny_model):
-    """With the trained rule's positions given to it, transformers agrees on a long video; with its own it does not."""
+    """Given the trained rule's positions, transformers agrees on a long video; else it does not."""
     _, hf, model = tiny_model()
-    sample, completions = make_sample(model.config, 2, ("video", (5, 4, 2)), 3), random_completions(1, 2, 4)
+    sample = make_sample(model.config, 2, ("video", (5, 4, 2)), 3)
+    completions = random_completions(1, 2, 4)
     after = sample["positions"].max() + 1 + torch.arange(4).expand(3, -1)
     positions = torch.cat((sample["positions"], after), 1)[:, None].expand(-1, 2, -1)
     with torch.no_grad():
         ours = model(collate(sample), completions)
-        assert (ours - transformers_logp(hf, [sample], completions, position_ids=positions)).abs().max() <= 1e-5
-        assert (ours - transformers_logp(hf, [sample], completions)).abs().max() > 1e-3
+        given = transformers_logp(hf, [sample], completions, position_ids=positions)
+        own = transformers_logp(hf, [sample], completions)
+    assert (ours - given).abs().max() <= 1e-5
+    assert (ours - own).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_chunked_logits(tiny_model, temperature):
     """Log-probs, entropies or gradients change when the logits are made a few rows at a time."""
     _, _, model = tiny_model()
-    prompts, completions = collate(make_sample(model.config, *SHORT)), random_completions(1, 5, 6)
+    prompts = collate(make_sample(model.config, *SHORT))
+    completions = random_completions(1, 5, 6)
+    pieces = []  # rows of each call
+    make_logits = model.logits
+
+    def watch(states):
+        pieces.append(len(states))
+        return make_logits(states)
 
     def run():
         model.zero_grad()
@@ -131,102 +237,168 @@ def test_chunked_logits(tiny_model, temperature):
         (logp * torch.linspace(-1, 1, 30).view(1, 5, 6)).sum().backward()
         return logp.detach(), entropy, *(p.grad for p in model.parameters())
 
-    calls, logits = [], model.logits
-    model.logits = lambda states: calls.append(len(states)) or logits(states)
+    model.logits = watch
     whole = run()
-    assert calls == [30]
-    model.config.text_config.vocab_size = 2 ** 26 // 7  # what forward sizes its pieces by
-    pieces = run()
-    assert calls[1:6] == [7, 7, 7, 7, 2] and sum(calls[1:]) == 60  # the backward pass makes each again
-    for a, b in zip(pieces, whole):
+    assert pieces == [30]
+
+    model.config.text_config.vocab_size = 2**26 // 7  # what forward sizes its pieces by
+    chunked = run()
+    assert pieces[1:6] == [7, 7, 7, 7, 2]
+    assert sum(pieces[1:]) == 60  # the backward pass makes each again
+    for a, b in zip(chunked, whole):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-# ---- Checkpoints --------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", ["flat config", "nested config", "shards"])
 def test_checkpoint_layouts(tiny_model, tmp_path, layout, tied):
-    """A hub folder (flat config.json, shards with an index) or one of transformers' loads with other weights or settings."""
+    """A folder of the hub or of transformers' loads with other weights or settings.
+
+    The hub's has a flat config.json, and shards with an index.
+    """
     folder, hf, _ = tiny_model(tie_word_embeddings=tied)
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     assert ("lm_head.weight" in tensors) != tied
+
     if layout == "flat config":
-        config = TINY | dict(tie_word_embeddings=tied, model_type="qwen2_vl", vision_config=TINY_VISION)
+        config = TINY | dict(
+            tie_word_embeddings=tied, model_type="qwen2_vl", vision_config=TINY_VISION
+        )
     assert ("text_config" in config) == (layout != "flat config")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_torch_state_dict(tensors, tmp_path, max_shard_size="100KB" if layout == "shards" else "1GB")
-    assert (tmp_path / "model.safetensors.index.json").exists() == (layout == "shards") == (len([*tmp_path.iterdir()]) > 2)
+
+    sharded = layout == "shards"
+    save_torch_state_dict(tensors, tmp_path, max_shard_size="100KB" if sharded else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == sharded
+    assert (len([*tmp_path.iterdir()]) > 2) == sharded
+
     model = load_model(tmp_path, CPU, torch.float32)
-    sample, completions = make_sample(model.config, *LONG), random_completions(1, 2, 4)
+    sample = make_sample(model.config, *LONG)
+    completions = random_completions(1, 2, 4)
     with torch.no_grad():
-        assert (model(collate(sample), completions) - transformers_logp(hf, [sample], completions)).abs().max() <= 1e-5
+        ours = model(collate(sample), completions)
+        theirs = transformers_logp(hf, [sample], completions)
+    assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("edit, words", [
-    (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "missing"]),
-    (lambda t: t.update(surplus=torch.zeros(2)), ["surplus", "absent"]),
-    (lambda t: t.update({"visual.merger.ln_q.bias": torch.zeros(7)}), ["visual.merger.ln_q.bias", "7", "32"]),
-], ids=["missing", "extra", "misshapen"])
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "missing"]),
+        (lambda t: t.update(surplus=torch.zeros(2)), ["surplus", "absent"]),
+        (
+            lambda t: t.update({"visual.merger.ln_q.bias": torch.zeros(7)}),
+            ["visual.merger.ln_q.bias", "7", "32"],
+        ),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
 def test_a_wrong_tensor_is_named(tiny_model, capsys, edit, words):
     """A checkpoint that does not fit loads in part, or fails without saying which tensor."""
     folder, _, _ = tiny_model()
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
+
     capsys.readouterr()  # transformers' progress bar
     with pytest.raises(SystemExit) as end:
         load_model(folder, CPU, torch.float32)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and all(word in error for word in [str(folder), *words]), error
+    assert end.value.code == 2, error
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in [str(folder), *words]), error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_model_loads_in_transformers(toy, tmp_path, dtype):
-    """What save_model writes lacks something, has other names, or is rounded because config.json tells a wrong dtype."""
+    """What save_model writes lacks something, has other names, or is rounded.
+
+    It would be rounded where config.json tells a wrong dtype.
+    """
     model = load_model(toy / "init", CPU, torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.01 * torch.randn_like(p)
-    assert open_run(Config(output_dir=str(tmp_path / "run"), seed=3), model.config, dtype) == (None, 0)
-    save_model(model, tmp_path / "out", toy / "init", dtype)
-    hf, tokenizer = (c.from_pretrained(tmp_path / "out") for c in (Qwen2VLForConditionalGeneration, AutoTokenizer))
-    assert hf.dtype == dtype and json.loads((tmp_path / "out/config.json").read_text())["run"]["seed"] == 3
-    saved = load_file(tmp_path / "out/model.safetensors")
-    assert {name: p.to(dtype).tolist() for name, p in model.state_dict().items()} == {n: p.tolist() for n, p in saved.items()}
-    chat = [dict(role="user", content=[dict(type="video"), dict(type="text", text="what next?")])]
+    settings = Config(output_dir=str(tmp_path / "run"), seed=3)
+    assert open_run(settings, model.config, dtype) == (None, 0)
+    out = tmp_path / "out"
+    save_model(model, out, toy / "init", dtype)
+
+    # The settings and the weights.
+    hf = Qwen2VLForConditionalGeneration.from_pretrained(out)
+    assert hf.dtype == dtype
+    assert json.loads((out / "config.json").read_text())["run"]["seed"] == 3
+    saved = load_file(out / "model.safetensors")
+    expected = {name: p.to(dtype).tolist() for name, p in model.state_dict().items()}
+    assert {name: p.tolist() for name, p in saved.items()} == expected
+
+    # The tokenizer.
+    tokenizer = AutoTokenizer.from_pretrained(out)
     old = AutoTokenizer.from_pretrained(toy / "init")
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert text == old.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) and "<|video_pad|>" in text
+    chat = [dict(role="user", content=[dict(type="video"), dict(type="text", text="what next?")])]
+    options = dict(tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(chat, **options)
+    assert text == old.apply_chat_template(chat, **options)
+    assert "<|video_pad|>" in text
     assert tokenizer(text).input_ids == old(text).input_ids
-    again, sample = load_model(tmp_path / "out", CPU, dtype).float(), make_sample(model.config, *LONG)
+
+    # What they compute.
+    again = load_model(out, CPU, dtype).float()
+    sample = make_sample(model.config, *LONG)
     completions = random_completions(1, 2, 4)
     with torch.no_grad():
+        before = model(collate(sample), completions)
         ours = again(collate(sample), completions)
-        assert (ours - transformers_logp(hf.float(), [sample], completions)).abs().max() <= 1e-5
-        assert torch.equal(ours, model(collate(sample), completions)) == (dtype == torch.float32)
+        theirs = transformers_logp(hf.float(), [sample], completions)
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert torch.equal(ours, before) == (dtype == torch.float32)
 
 
-# ---- Advantage, KL and loss against loops in float64 --------------------------------------------------------------------
+# ---- Advantage, KL and loss against loops in float64 ---------------------------------------------
 def test_advantages_against_a_loop():
     """The vectorised advantage takes a mean or a standard deviation over a wrong dimension."""
     rewards = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for row, scaled, centred in zip(rewards.tolist(), group_advantages(rewards, True), group_advantages(rewards, False)):
-        mean = sum(row) / 7
-        std = math.sqrt(sum((r - mean) ** 2 for r in row) / 6)
-        assert scaled.tolist() == pytest.approx([(r - mean) / (std + 1e-4) for r in row], abs=1e-12)
-        assert centred.tolist() == pytest.approx([r - mean for r in row], abs=1e-12)
+    scaled = group_advantages(rewards, True).tolist()
+    centred = group_advantages(rewards, False).tolist()
+    for i, group in enumerate(rewards.tolist()):
+        mean = sum(group) / 7
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 6)
+        assert scaled[i] == pytest.approx([(r - mean) / (std + 1e-4) for r in group], abs=1e-12)
+        assert centred[i] == pytest.approx([r - mean for r in group], abs=1e-12)
 
 
-def plain_loss(logp, old_logp, ref_logp, lengths, advantages, loss_type, max_length, epsilon, epsilon_high, beta):
-    """The step's loss, token by token as FACTS.md, section 2, has it. logp… [B][G][C] nested lists or tensors."""
-    total, sequences, tokens = 0.0, sum(len(group) for group in lengths), sum(map(sum, lengths))
+def plain_loss(
+    logp,
+    old_logp,
+    ref_logp,
+    lengths,
+    advantages,
+    loss_type,
+    max_length,
+    epsilon,
+    epsilon_high,
+    beta,
+):
+    """The step's loss, token by token as the README, section 4, has it.
+
+    The log-probs are nested lists or tensors [B][G][C], lengths and advantages [B][G].
+    """
+    sequences = sum(len(group) for group in lengths)
+    tokens = sum(map(sum, lengths))
+    total = 0.0
     for b, group in enumerate(lengths):
         for g, length in enumerate(group):
+            A = advantages[b][g]
+            shares = dict(grpo=length * sequences, dapo=tokens, dr_grpo=sequences * max_length)
             for t in range(length):
-                A, ratio, d = advantages[b][g], torch.exp(logp[b][g][t] - old_logp[b][g][t]), ref_logp[b][g][t] - logp[b][g][t]
-                surrogate = min(ratio * A, min(max(ratio, 1 - epsilon), 1 + epsilon_high) * A)
-                share = dict(grpo=length * sequences, dapo=tokens, dr_grpo=sequences * max_length)[loss_type]
-                total = total - (surrogate - beta * (torch.exp(d) - d - 1)) / share
+                ratio = torch.exp(logp[b][g][t] - old_logp[b][g][t])
+                clipped = min(max(ratio, 1 - epsilon), 1 + epsilon_high)
+                surrogate = min(ratio * A, clipped * A)
+                d = ref_logp[b][g][t] - logp[b][g][t]
+                kl = torch.exp(d) - d - 1
+                total = total - (surrogate - beta * kl) / shares[loss_type]
     return total
 
 
@@ -235,8 +407,10 @@ def test_loss_against_a_loop(loss_type):
     """Advantage, ratio, clip, KL or weight of a token meets another token's."""
     rng = torch.Generator().manual_seed(0)
     logp, old_logp, ref_logp = torch.randn(3, 2, 4, 5, dtype=torch.float64, generator=rng)
-    advantages, lengths = torch.randn(2, 4, dtype=torch.float64, generator=rng), [[5, 1, 3, 2], [4, 5, 2, 1]]
+    advantages = torch.randn(2, 4, dtype=torch.float64, generator=rng)
+    lengths = [[5, 1, 3, 2], [4, 5, 2, 1]]
     mask = torch.arange(5) < torch.tensor(lengths)[..., None]
+
     weights = grpo_video.token_weights(mask, loss_type, 8, 23, 9)
     per_token, clipped = policy_loss(logp, old_logp, advantages, 0.1, 0.3)
     ours = (weights * (per_token + 0.04 * k3_kl(logp, ref_logp))).sum()
@@ -248,16 +422,17 @@ def test_loss_against_a_loop(loss_type):
 def test_entropy_against_a_loop():
     """The logged entropy is not -Σ p log p at the sampling temperature."""
     logits = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    p = logits.softmax(-1)
-    ours = entropy_of(logits, logits.logsumexp(-1), None)
-    assert ours.tolist() == pytest.approx([-sum(x * math.log(x) for x in row) for row in p.tolist()], abs=1e-12)
+    ours = entropy_of(logits, logits.logsumexp(-1), None).tolist()
+    for entropy, probs in zip(ours, logits.softmax(-1).tolist(), strict=True):
+        assert entropy == pytest.approx(-sum(p * math.log(p) for p in probs), abs=1e-12)
 
 
-# ---- The update against transformers run the plain way ------------------------------------------------------------------
+# ---- The update against transformers run the plain way -------------------------------------------
 def step_inputs(model, G=3, C=5):
     """Two prompts of different lengths, completions that end at different places, advantages."""
     samples = [make_sample(model.config, *parts, seed=i) for i, parts in enumerate((LONG, SHORT))]
-    completions, lengths = random_completions(2, G, C), [[5, 2, 3], [1, 5, 4]]
+    completions = random_completions(2, G, C)
+    lengths = [[5, 2, 3], [1, 5, 4]]
     advantages = torch.tensor([[1.1, -0.4, -0.7], [-1.2, 0.5, 0.9]])
     ref_logp = -6 + 0.5 * torch.randn(2, G, C, generator=torch.Generator().manual_seed(1))
     return samples, completions, lengths, advantages, ref_logp
@@ -266,44 +441,85 @@ def step_inputs(model, G=3, C=5):
 def groups_of(parts, samples, completions, lengths, advantages, ref_logp):
     """The step cut into micro-batches: `parts` are lists of prompt numbers."""
     mask = torch.arange(completions.shape[2]) < torch.tensor(lengths)[..., None]
-    return [dict(prompts=collate(*(samples[b] for b in part)), completions=completions[part], mask=mask[part], rows=[],
-                 advantages=advantages[part], ref_logp=ref_logp[part]) for part in parts]
+
+    groups = []
+    for part in parts:
+        group = Group(
+            prompts=collate(*(samples[b] for b in part)),
+            completions=completions[part],
+            mask=mask[part],
+            rows=[],
+            advantages=advantages[part],
+            ref_logp=ref_logp[part],
+        )
+        groups.append(group)
+    return groups
+
+
+def plain_update(hf, inputs, loss_type, num_iterations, rate):
+    """Plain gradient descent on transformers' model -> (the last loss, {name: Σ of gradients})."""
+    samples, completions, lengths, advantages, ref_logp = inputs
+    old_logp = None
+    summed = {}
+
+    for _ in range(num_iterations):
+        logp = transformers_logp(hf, samples, completions)
+        if old_logp is None:
+            old_logp = logp.detach()
+        loss = plain_loss(
+            logp, old_logp, ref_logp, lengths, advantages, loss_type, 7, 0.02, 0.03, 0.1
+        )
+        hf.zero_grad()
+        loss.backward()
+
+        for name, grad in transformers_gradients(hf).items():
+            summed[name] = summed.get(name, 0) + grad
+        with torch.no_grad():
+            for p in hf.parameters():
+                p -= rate * p.grad
+    return float(loss.detach()), summed
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_update_is_the_plain_one(tiny_model, loss_type, num_iterations):
-    """Trap 15: a loss averaged per micro-batch depends on how the step is cut. Both cuts must move every parameter as
-    transformers does with one row per completion and a loss written token by token; the second pass has ratios other than 1."""
-    folder, hf, _ = tiny_model()
-    before = {name: p.detach().clone() for name, p in load_model(folder, CPU, torch.float32).named_parameters()}
-    samples, completions, lengths, advantages, ref_logp = inputs = step_inputs(load_model(folder, CPU, torch.float32))
-    rate, losses, old_logp, theirs = 0.05, [], None, dict.fromkeys(before, 0)
-    for _ in range(num_iterations):
-        logp = transformers_logp(hf, samples, completions)
-        old_logp = logp.detach() if old_logp is None else old_logp
-        loss = plain_loss(logp, old_logp, ref_logp, lengths, advantages, loss_type, 7, 0.02, 0.03, 0.1)
-        hf.zero_grad()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        theirs = {name: theirs[name] + grad for name, grad in transformers_gradients(hf).items()}
-        with torch.no_grad():
-            for p in hf.parameters():
-                p -= rate * p.grad
+    """Trap 15: a loss averaged per micro-batch depends on how the step is cut.
+
+    All cuts must move every parameter as transformers does with one row per completion and a loss
+    written token by token; the second pass has ratios other than 1.
+    """
+    folder, hf, model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inputs = step_inputs(model)
+    rate = 0.05
+    expected, theirs = plain_update(hf, inputs, loss_type, num_iterations, rate)
+
     for parts in ([[0, 1]], [[0], [1]], [[1], [0]]):
-        model, groups = load_model(folder, CPU, torch.float32), groups_of(parts, *inputs)
-        loss, _ = run_update(model, groups, rate, beta=0.1, loss_type=loss_type, max_completion_length=7, epsilon=0.02,
-                             epsilon_high=0.03, num_iterations=num_iterations)
-        assert loss == pytest.approx(losses[-1], abs=1e-5)
-        assert any(g["clip_ratio"].any() for g in groups) == (num_iterations == 2)
+        model = load_model(folder, CPU, torch.float32)
+        groups = groups_of(parts, *inputs)
+        loss, _ = run_update(
+            model,
+            groups,
+            rate,
+            beta=0.1,
+            loss_type=loss_type,
+            max_completion_length=7,
+            epsilon=0.02,
+            epsilon_high=0.03,
+            num_iterations=num_iterations,
+        )
+        assert loss == pytest.approx(expected, abs=1e-5)
+        assert any(group.clip_ratio.any() for group in groups) == (num_iterations == 2)
         for name, p in model.named_parameters():
-            assert relative((before[name] - p.detach()) / rate, theirs[name]) < 2e-3, (parts, name)
+            moved = (before[name] - p.detach()) / rate
+            assert relative(moved, theirs[name]) < 2e-3, (parts, name)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model):
     """A recomputed layer gives other gradients, or checkpointing is not on at all."""
     folder, _, _ = tiny_model()
-    gradients, calls = [], []
+    gradients = []
+    calls = []
     for on in (False, True):
         model = load_model(folder, CPU, torch.float32)
         model.gradient_checkpointing = on
@@ -312,229 +528,345 @@ def test_gradient_checkpointing_changes_nothing(tiny_model):
         prompts = collate(*(make_sample(model.config, *parts) for parts in (LONG, SHORT)))
         model(prompts, random_completions(2, 3, 4)).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert calls.count(False) == 4 and calls.count(True) == 8
+
+    assert calls.count(False) == 4
+    assert calls.count(True) == 8
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_equal_rewards(tiny_model, beta):
-    """With no KL term a step without any advantage runs a backward pass, or moves the weights; with one it does not learn."""
+    """Without any advantage and KL term a step runs a backward pass, or moves the weights.
+
+    With a KL term it does not learn.
+    """
     _, _, model = tiny_model()
-    g = make_group(model, [0.0, 0.0, 0.0], torch.full((1, 3, 4), -5.0))
-    before, backward = [p.detach().clone() for p in model.parameters()], []
+    group = make_group(model, [0.0, 0.0, 0.0], torch.full((1, 3, 4), -5.0))
+    before = [p.detach().clone() for p in model.parameters()]
+    backward = []
     model.model.norm.weight.register_hook(backward.append)
-    loss, norm = run_update(model, [g], 0.1, beta=beta)
+    loss, norm = run_update(model, [group], 0.1, beta=beta)
+
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters())]
-    assert math.isfinite(loss) and (norm > 0) == any(moved) == bool(backward) == (beta > 0)
+    assert math.isfinite(loss)
+    assert (norm > 0) == any(moved) == bool(backward) == (beta > 0)
     assert not (beta == 0 and loss != 0)
 
 
 def test_an_empty_place_has_no_weight(tiny_model):
-    """An unreadable sample's empty micro-batch adds to the loss, changes a denominator or gives NaN."""
+    """An unreadable sample's empty micro-batch adds to the loss or a denominator, or gives NaN."""
     folder, _, _ = tiny_model()
+    settings = SimpleNamespace(**SETTINGS)
     updated = []
     for empty in (False, True):
         model = load_model(folder, CPU, torch.float32)
-        inputs = step_inputs(model)
-        groups = groups_of([[0], [1]], *inputs)
+        groups = groups_of([[0], [1]], *step_inputs(model))
         if empty:
-            nothing = rollout(model, [], SimpleNamespace(**SETTINGS), None, ENDS, 0, CPU, torch.float32)
-            groups.insert(1, nothing | dict(ref_logp=torch.zeros(nothing["completions"].shape)))
-            assert finished_rows(groups[1] | dict(kl=0, entropy=0, clip_ratio=0, old_logp=0)) == []
-        updated.append([*run_update(model, groups, 0.1, beta=0.1, loss_type="dapo"), *model.parameters()])
+            nothing = rollout(model, [], settings, None, ENDS, 0, CPU, torch.float32)
+            nothing.ref_logp = torch.zeros(nothing.completions.shape)
+            groups.insert(1, nothing)
+        loss, norm = run_update(model, groups, 0.1, beta=0.1, loss_type="dapo")
+        if empty:
+            assert finished_rows(nothing) == []
+        updated.append([loss, norm, *model.parameters()])
     torch.testing.assert_close(*updated, atol=1e-7, rtol=1e-6)
+
     loss, norm = run_update(model, groups[1:2], 0.1, beta=0.1)
-    assert loss == 0 and norm == 0
+    assert loss == 0
+    assert norm == 0
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_not_applied(tiny_model, bad):
-    """NaN reaches the weights or the optimizer's moments, or stays in the gradients for the next step."""
+    """NaN reaches the weights or the moments, or stays in the gradients for the next step."""
     _, _, model = tiny_model()
-    optimizer, before = torch.optim.AdamW(model.parameters(), 1e-3), [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
     for value in (math.nan, math.inf):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         if bad == "gradient":
             model.model.norm.weight.grad[3] = value
         norm = optimizer_step(model, optimizer, 1e-3, 1.0, value if bad == "loss" else 0.5)
-        assert math.isfinite(norm) == (bad == "loss") and not any(optimizer.state.values())
+        assert math.isfinite(norm) == (bad == "loss")
+        assert not any(optimizer.state.values())
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+    # The next step, a good one, is applied.
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     count = sum(p.numel() for p in model.parameters())
-    assert optimizer_step(model, optimizer, 1e-3, 1.0, 0.5) == pytest.approx(math.sqrt(count), rel=1e-4)
+    norm = optimizer_step(model, optimizer, 1e-3, 1.0, 0.5)
+    assert norm == pytest.approx(math.sqrt(count), rel=1e-4)
     assert all((b - a).abs().max() > 5e-4 for a, b in zip(before, model.parameters()))
 
 
-@pytest.mark.parametrize("name, warmup, golden", [
-    # 20 steps; main takes the schedule at steps 0, 5, 10, 15, 19.
-    ("linear", 0.0, {0: 1, 5: 0.75, 10: 0.5, 15: 0.25, 19: 0.05}),  # (20 - s) / 20
-    ("linear", 0.2, {0: 0, 3: 0.75, 4: 1, 12: 0.5, 19: 0.0625}),  # s / 4, then (20 - s) / 16
-    ("cosine", 0.0, {0: 1, 5: 0.853553, 10: 0.5, 15: 0.146447, 19: 0.006156}),  # (1 + cos(π s / 20)) / 2
-    ("cosine", 0.2, {0: 0, 2: 0.5, 4: 1, 12: 0.5, 16: 0.146447}),  # s / 4, then (1 + cos(π (s - 4) / 16)) / 2
+# Of 20 steps; main takes the schedule at steps 0, 5, 10, 15, 19.
+RATES = [
+    # (20 - s) / 20
+    ("linear", 0.0, {0: 1, 5: 0.75, 10: 0.5, 15: 0.25, 19: 0.05}),
+    # s / 4, then (20 - s) / 16
+    ("linear", 0.2, {0: 0, 3: 0.75, 4: 1, 12: 0.5, 19: 0.0625}),
+    # (1 + cos(π s / 20)) / 2
+    ("cosine", 0.0, {0: 1, 5: 0.853553, 10: 0.5, 15: 0.146447, 19: 0.006156}),
+    # s / 4, then (1 + cos(π (s - 4) / 16)) / 2
+    ("cosine", 0.2, {0: 0, 2: 0.5, 4: 1, 12: 0.5, 16: 0.146447}),
     ("constant", 0.2, {0: 1, 3: 1, 4: 1, 12: 1, 19: 1}),
-])
+]
+
+
+@pytest.mark.parametrize("name, warmup, golden", RATES)
 def test_learning_rates(name, warmup, golden):
     """The schedule that main asks for warms up or decays otherwise than its flags say."""
-    optimizer, steps = torch.optim.AdamW([torch.zeros(1)], 1.0), 20
+    optimizer = torch.optim.AdamW([torch.zeros(1)], 1.0)
+    steps = 20
     schedule = get_scheduler(name, optimizer, math.ceil(steps * warmup), steps).lr_lambdas[0]
     assert {step: schedule(step) for step in golden} == pytest.approx(golden, abs=1e-6)
 
 
-# ---- The rollouts and what is logged of them ----------------------------------------------------------------------------
+# ---- The rollouts and what is logged of them -----------------------------------------------------
 class LetterTokenizer:
     """Decodes a completion into an answer that its first token decides."""
+
     def decode(self, ids, skip_special_tokens=True):
         return f"<think>hm</think><answer>{'ABCD'[ids[0] % 4]}</answer>"
 
 
+def sampled(model, samples, step=0, **changes):
+    """rollout() of these samples, read by LetterTokenizer."""
+    c = SimpleNamespace(**SETTINGS | changes)
+    return rollout(model, samples, c, LetterTokenizer(), ENDS, step, CPU, torch.float32)
+
+
 def test_rewards_and_log_probs_stay_with_their_prompt(tiny_model):
-    """Trap 6: completions stacked generation-major while rewards assume prompt-major, so that with more than one prompt a
-    completion gets another's reward, advantage or log-probs."""
+    """Trap 6: completions stacked generation-major while rewards assume prompt-major.
+
+    With more than one prompt a completion gets another's reward, advantage or log-probs.
+    """
     _, hf, model = tiny_model()
-    samples = [make_sample(model.config, *parts, seed=i) | dict(gold=gold) for i, (parts, gold) in enumerate(
-        ((LONG, "A"), (SHORT, "B"), ((6,), "C")))]
-    g = rollout(model, samples, SimpleNamespace(**SETTINGS), LetterTokenizer(), ENDS, 3, CPU, torch.float32)
-    run_update(model, [g], 0.0)
-    rows = finished_rows(g)
-    assert [row["sample_id"] for row in rows] == [0, 1, 2] and {row["step"] for row in rows} == {4}
-    for b, (s, row) in enumerate(zip(samples, rows)):
+    samples = []
+    for i, (parts, gold) in enumerate([(LONG, "A"), (SHORT, "B"), ((6,), "C")]):
+        samples.append(make_sample(model.config, *parts, seed=i) | dict(gold=gold))
+    group = sampled(model, samples, step=3)
+    run_update(model, [group], 0.0)
+    rows = finished_rows(group)
+    assert [row["sample_id"] for row in rows] == [0, 1, 2]
+    assert {row["step"] for row in rows} == {4}
+
+    drawn = []
+    for b, (sample, row) in enumerate(zip(samples, rows)):
         rewards = []
         for i, x in enumerate(row["completions"]):
-            ids = torch.tensor([[x["ids"]]])
-            assert g["completions"][b, i, :x["length"]].tolist() == x["ids"]
+            assert group.completions[b, i, : x["length"]].tolist() == x["ids"]
             with torch.no_grad():
-                assert x["logprob_sum"] == pytest.approx(float(transformers_logp(hf, [s], ids).sum()), abs=1e-4)
-            rewards.append(float("ABCD"[x["ids"][0] % 4] == s["gold"]))
+                logp = transformers_logp(hf, [sample], torch.tensor([[x["ids"]]]))
+            assert x["logprob_sum"] == pytest.approx(float(logp.sum()), abs=1e-4)
+            rewards.append(float("ABCD"[x["ids"][0] % 4] == sample["gold"]))
+            drawn.append(tuple(x["ids"]))
         assert [x["reward"] for x in row["completions"]] == rewards
         expected = group_advantages(torch.tensor([rewards]), True)[0].tolist()
-        assert g["advantages"][b].tolist() == expected == [x["advantage"] for x in row["completions"]]
-    assert len({tuple(x["ids"]) for row in rows for x in row["completions"]}) == 12  # all different
+        assert group.advantages[b].tolist() == expected
+        assert [x["advantage"] for x in row["completions"]] == expected
+    assert len(set(drawn)) == 12  # all different
 
 
 def test_rollouts_depend_on_seed_step_and_sample(tiny_model):
-    """A prompt's completions change with its place in the batch or with its neighbours, or stay the same from step to step."""
+    """A prompt's completions change with its place in the batch or with its neighbours.
+
+    Or they stay the same from step to step.
+    """
     _, _, model = tiny_model()
     samples = [make_sample(model.config, *parts, seed=i) for i, parts in enumerate((LONG, SHORT))]
 
-    def ids(samples, step=0, **changes):
-        c = SimpleNamespace(**SETTINGS | changes)
-        rows = rollout(model, samples, c, LetterTokenizer(), ENDS, step, CPU, torch.float32)["rows"]
-        return {row["sample_id"]: [x["ids"] for x in row["completions"]] for row in rows}
+    def ids(samples, **changes):
+        found = {}
+        for row in sampled(model, samples, **changes).rows:
+            found[row["sample_id"]] = [x["ids"] for x in row["completions"]]
+        return found
 
     both = ids(samples)
-    assert both == ids(samples[::-1]) == ids(samples[:1]) | ids(samples[1:])
-    assert all(other[0] != both[0] for other in (ids(samples, step=1), ids(samples, seed=6)))
+    assert both == ids(samples[::-1])
+    assert both == ids(samples[:1]) | ids(samples[1:])
+    assert ids(samples, step=1)[0] != both[0]
+    assert ids(samples, seed=6)[0] != both[0]
 
 
 def test_rollout_metrics():
-    """A mean is taken over prompts where it should be over tokens, or the reverse; the numbers are worked by hand."""
+    """A mean is taken over prompts where it should be over tokens, or the reverse.
+
+    The numbers are worked by hand.
+    """
+
     def completion(reward, length, kl, **more):
-        return dict(reward=reward, length=length, ids=[5] * length, advantage=reward - 0.5, kl=kl, entropy=2 * kl,
-                    clip_ratio=0.0, answer="A", truncated=False) | more
+        plain = dict(
+            reward=reward,
+            length=length,
+            ids=[5] * length,
+            advantage=reward - 0.5,
+            kl=kl,
+            entropy=2 * kl,
+            clip_ratio=0.0,
+            answer="A",
+            truncated=False,
+        )
+        return plain | more
 
-    rows = [dict(prompt_ids_len=10, completions=[completion(1.0, 3, 0.1), completion(0.0, 1, 0.5, truncated=True)]),
-            dict(prompt_ids_len=20, completions=[completion(0.0, 2, 0.0, answer=None), completion(0.0, 4, 0.2)])]
-    assert rollout_metrics(rows) == pytest.approx(dict(
-        reward=0.25, reward_std=math.sqrt(0.5) / 2,  # the first group's is sqrt(2 x 0.25), the second's 0
-        frac_reward_zero_std=0.5, advantage_abs_mean=0.5, kl=(0.3 + 0.5 + 0 + 0.8) / 10, entropy=2 * 1.6 / 10, clip_ratio=0,
-        completion_length=2.5, frac_truncated=0.25, frac_no_answer=0.25, tokens=40))
+    first = [completion(1.0, 3, 0.1), completion(0.0, 1, 0.5, truncated=True)]
+    second = [completion(0.0, 2, 0.0, answer=None), completion(0.0, 4, 0.2)]
+    rows = [
+        dict(prompt_ids_len=10, completions=first),
+        dict(prompt_ids_len=20, completions=second),
+    ]
+    assert rollout_metrics(rows) == pytest.approx(
+        dict(
+            reward=0.25,
+            reward_std=math.sqrt(0.5) / 2,  # the first group's is sqrt(2 x 0.25), the second's 0
+            frac_reward_zero_std=0.5,
+            advantage_abs_mean=0.5,
+            kl=(0.3 + 0.5 + 0 + 0.8) / 10,
+            entropy=2 * 1.6 / 10,
+            clip_ratio=0,
+            completion_length=2.5,
+            frac_truncated=0.25,
+            frac_no_answer=0.25,
+            tokens=40,
+        )
+    )
 
 
-@pytest.mark.parametrize("text, reward, answer", [
-    ("<think>x</think><answer>B. up</answer>", 1.5, "B"), (" <think>\n</think>\n<answer>B</answer>\n", 1.5, "B"),
-    ("<think>x</think><answer>A. up</answer>", 0.5, "A"), ("<answer>B</answer>", 1.0, "B"),
-    ("so <think>x</think><answer>B</answer>", 1.0, "B"), ("<think>x</think><answer>up</answer>", 0.5, None), ("up", 0.0, None)])
+@pytest.mark.parametrize(
+    "text, reward, answer",
+    [
+        ("<think>x</think><answer>B. up</answer>", 1.5, "B"),
+        (" <think>\n</think>\n<answer>B</answer>\n", 1.5, "B"),
+        ("<think>x</think><answer>A. up</answer>", 0.5, "A"),
+        ("<answer>B</answer>", 1.0, "B"),
+        ("so <think>x</think><answer>B</answer>", 1.0, "B"),
+        ("<think>x</think><answer>up</answer>", 0.5, None),
+        ("up", 0.0, None),
+    ],
+)
 def test_reward(text, reward, answer):
     """The format's reward comes without the form, or the letter's without the letter."""
     assert reward_of(text, "B", 0.5) == (reward, answer)
 
 
-# ---- The other traps ----------------------------------------------------------------------------------------------------
+# ---- The other traps -----------------------------------------------------------------------------
 def test_the_scored_policy_is_the_sampled_one(tiny_model):
-    """Trap 2: sampled with top-k or at T, scored with the full softmax at 1. Tokens sampled from p have a mean of
-    log p + H(p) of zero only if p is what scores them."""
+    """Trap 2: sampled with top-k or at T, scored with the full softmax at 1.
+
+    Tokens sampled from p have a mean of log p + H(p) of zero only if p is what scores them.
+    """
     _, _, model = tiny_model(initializer_range=0.2)
     prompts = collate(make_sample(model.config, *SHORT))
     completions = generate(model, prompts, 1500, 3, ENDS, [0], temperature=1.3)
     mask = completion_mask(completions, ENDS)
 
     def standard_errors(temperature):
-        logp, entropy = (z[mask] for z in model(prompts, completions, temperature, statistic=entropy_of))
-        return float((logp + entropy).mean() / (logp + entropy).std() * len(logp) ** 0.5)
+        logp, entropy = model(prompts, completions, temperature, statistic=entropy_of)
+        surplus = (logp + entropy)[mask]
+        return float(surplus.mean() / surplus.std() * len(surplus) ** 0.5)
 
     with torch.no_grad():
-        assert abs(standard_errors(1.3)) < 3.5 and abs(standard_errors(1.0)) > 10 and abs(standard_errors(1.6)) > 10
+        assert abs(standard_errors(1.3)) < 3.5
+        assert abs(standard_errors(1.0)) > 10
+        assert abs(standard_errors(1.6)) > 10
 
 
 def test_the_mask_ends_where_decoding_stopped(tiny_model):
-    """Trap 3: decoding stops at two end tokens, the mask only after one of them, and all the padding counts as completion."""
+    """Trap 3: decoding stops at two end tokens, the mask only after one of them.
+
+    All the padding would count as completion.
+    """
     _, _, model = tiny_model()
     ends = [7, *range(100, 160)]  # so many that rows end at every place
     completions = generate(model, collate(make_sample(model.config, 5)), 40, 8, ends, [0])
-    mask, lengths = completion_mask(completions, ends), set()
+    mask = completion_mask(completions, ends)
+
+    lengths = set()
     for row, keep in zip(completions[0].tolist(), mask[0].tolist()):
         n = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        assert keep == [i < n for i in range(len(row))] and row[n:] == [ends[0]] * (len(row) - n)
+        assert keep == [i < n for i in range(len(row))]
+        assert row[n:] == [ends[0]] * (len(row) - n)
         lengths.add(n)
     assert len(lengths) > 4
 
 
 def test_the_end_token_learns(tiny_model):
-    """Trap 4: pad = end token and a mask `ids != pad`, so that ending is never rewarded. Here the filler is the end token too,
-    and rewarding the completion must make its end likelier."""
+    """Trap 4: pad = end token and a mask `ids != pad`, so that ending is never rewarded.
+
+    Here the filler is the end token too. Rewarding a completion must make its end likelier.
+    """
     _, _, model = tiny_model()
-    g = make_group(model, [1.0, 1.0, 1.0])
-    g["completions"] = torch.tensor([[[END] * 4, [3, END, END, END], [3, 4, END, END]]])
-    g["mask"] = completion_mask(g["completions"], ENDS)
-    assert g["mask"].int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]]
-    run_update(model, [g], 1e-2)
+    group = make_group(model, [1.0, 1.0, 1.0])
+    group.completions = torch.tensor([[[END] * 4, [3, END, END, END], [3, 4, END, END]]])
+    group.mask = completion_mask(group.completions, ENDS)
+    assert group.mask.int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]]
+
+    run_update(model, [group], 1e-2)
     with torch.no_grad():
-        change = (model(g["prompts"], g["completions"]) - g["old_logp"])[0]
-    assert change[0, 0] > 0 and change[1, 1] > 0 and change[2, 2] > 0
+        change = (model(group.prompts, group.completions) - group.old_logp)[0]
+    assert change[0, 0] > 0
+    assert change[1, 1] > 0
+    assert change[2, 2] > 0
 
 
 def test_padding_is_not_seen(tiny_model):
-    """Trap 7: without the padding mask, a prompt's log-probs and samples depend on how long its neighbours are."""
+    """Trap 7: without the padding mask, log-probs and samples depend on the neighbours' length."""
     _, _, model = tiny_model()
-    samples, completions = [make_sample(model.config, *parts) for parts in (SHORT, LONG, (1,))], random_completions(3, 3, 5)
-    together, sampled = model(collate(*samples), completions), generate(model, collate(*samples), 3, 6, ENDS, [1, 2, 3])
-    for i, s in enumerate(samples):
-        torch.testing.assert_close(model(collate(s), completions[i:i + 1])[0], together[i], atol=2e-6, rtol=0)
-        alone = generate(model, collate(s), 3, 6, ENDS, [i + 1])[0]
-        assert torch.equal(alone, sampled[i, :, :alone.shape[1]])
+    samples = [make_sample(model.config, *parts) for parts in (SHORT, LONG, (1,))]
+    completions = random_completions(3, 3, 5)
+    scored = model(collate(*samples), completions)
+    drawn = generate(model, collate(*samples), 3, 6, ENDS, [1, 2, 3])
+    for i, sample in enumerate(samples):
+        logp = model(collate(sample), completions[i : i + 1])[0]
+        torch.testing.assert_close(logp, scored[i], atol=2e-6, rtol=0)
+        alone = generate(model, collate(sample), 3, 6, ENDS, [i + 1])[0]
+        assert torch.equal(alone, drawn[i, :, : alone.shape[1]])
 
 
 def test_no_attention_needs_a_dense_mask(tiny_model, monkeypatch):
-    """Flash kernels take causal masks alone: prompts of different length meet their completions a length at a time."""
+    """Flash kernels take causal masks alone.
+
+    So prompts of different length meet their completions a length at a time.
+    """
     _, _, model = tiny_model()
-    samples, completions = [make_sample(model.config, *parts) for parts in (SHORT, LONG, LONG, SHORT)], random_completions(4, 3, 5)
-    expected = torch.cat([model(collate(s), c[None]) for s, c in zip(samples, completions)])
-    seen, attention = [], F.scaled_dot_product_attention
+    samples = [make_sample(model.config, *parts) for parts in (SHORT, LONG, LONG, SHORT)]
+    completions = random_completions(4, 3, 5)
+    alone = [model(collate(s), group[None]) for s, group in zip(samples, completions)]
+    seen = []
+    attention = F.scaled_dot_product_attention
 
     def watch(q, k, v, attn_mask=None, **options):
         seen.append((attn_mask, len(q), k.shape[2]))
-        with monkeypatch.context() as inside:  # a CPU has no flash kernel for CausalBias, which makes itself a mask for it
+        # A CPU has no flash kernel for CausalBias, which makes itself a mask for it.
+        with monkeypatch.context() as inside:
             inside.setattr(F, "scaled_dot_product_attention", attention)
             return attention(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     model(collate(*samples), completions).sum().backward()
     assert all(mask is None or isinstance(mask, CausalBias) for mask, *_ in seen)
-    lengths = [len(s["ids"]) - 1 for s in samples]
-    assert [pair for mask, *pair in seen if mask is not None][:3] == [[3, lengths[0] + 5], [6, lengths[1] + 5], [3, lengths[3] + 5]]
-    torch.testing.assert_close(model(collate(*samples), completions), expected, atol=2e-6, rtol=0)
+    lengths = [len(sample["ids"]) - 1 for sample in samples]
+    assert [pair for mask, *pair in seen if mask is not None][:3] == [
+        [3, lengths[0] + 5],
+        [6, lengths[1] + 5],
+        [3, lengths[3] + 5],
+    ]
+
+    together = model(collate(*samples), completions)
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-6, rtol=0)
 
 
 def test_log_softmax_is_fp32(tiny_model):
-    """Trap 8: a log-softmax in bf16 has steps of 0.03 at -6, and the KL of two near policies is noise."""
+    """Trap 8: a log-softmax in bf16 has steps of 0.03 at -6: the KL of near policies is noise."""
     folder, _, _ = tiny_model()
     model = load_model(folder, CPU, torch.bfloat16)
-    prompts, completions = collate(make_sample(model.config, *LONG)), random_completions(1, 4, 6)
+    prompts = collate(make_sample(model.config, *LONG))
     prompts.patches = prompts.patches.bfloat16()
+    completions = random_completions(1, 4, 6)
     with torch.no_grad():
         logits = model.logits(model.completion_states(prompts, completions))
         logp = model(prompts, completions)
@@ -544,8 +876,9 @@ def test_log_softmax_is_fp32(tiny_model):
 
 
 def test_kl_clamp_is_an_option():
-    """Trap 9: the ±11 clamp, on by default, would leave a policy far from its reference without any pull."""
-    assert {f.name: f.default for f in grpo_video.fields(grpo_video.Config)}["kl_clamp"] == 0
+    """Trap 9: the ±11 clamp, on by default, would not pull a policy far from its reference."""
+    defaults = {field.name: field.default for field in grpo_video.fields(Config)}
+    assert defaults["kl_clamp"] == 0
     for clamp, pull in ((0.0, 1 - math.exp(12)), (11.0, 0)):
         logp = torch.tensor([-13.0], dtype=torch.float64, requires_grad=True)
         k3_kl(logp, torch.tensor([-1.0], dtype=torch.float64), clamp).backward()
@@ -553,88 +886,143 @@ def test_kl_clamp_is_an_option():
 
 
 def test_a_placeholder_in_a_completion_is_a_word(tiny_model):
-    """Trap 12: a policy that emits <|video_pad|> crashes with "features and tokens do not match", or takes a frame's feature
-    for it. Here word 7 has the same embedding, so the log-probs of the other tokens must be the same with either."""
+    """Trap 12: a policy that emits <|video_pad|> crashes, or takes a frame's feature for it.
+
+    The crash says "features and tokens do not match". Here word 7 has the same embedding, so the
+    log-probs of the other tokens must be the same with either.
+    """
     folder, hf, model = tiny_model()
-    sample, completions = make_sample(model.config, *LONG), random_completions(1, 2, 6)
+    sample = make_sample(model.config, *LONG)
+    completions = random_completions(1, 2, 6)
     for pad, column in ((VIDEO, 1), (IMAGE, 3)):
         for embedding in (model.model.embed_tokens, hf.get_input_embeddings()):
             embedding.weight.data[7] = embedding.weight.data[pad]
         written = completions.clone()
-        completions[:, :, column], written[:, :, column] = 7, pad
+        written[:, :, column] = pad
+        completions[:, :, column] = 7
         with torch.no_grad():
+            ours = model(collate(sample), written)
             theirs = transformers_logp(hf, [sample], completions)
-            assert (model(collate(sample), written) - theirs).abs().max() <= 1e-5
-    ends = [t for t in range(400) if t not in (VIDEO, IMAGE)]  # sampling goes on only after a placeholder
+        assert (ours - theirs).abs().max() <= 1e-5
+
+    # With all other tokens as ends, sampling goes on only after a placeholder.
+    ends = [token for token in range(400) if token not in (VIDEO, IMAGE)]
     model.model.embed_tokens.weight.data[[VIDEO, IMAGE]] *= 3
     out = generate(model, collate(sample), 200, 6, ends, [0], temperature=2.0)
-    emitted = (out == VIDEO) | (out == IMAGE)
-    assert emitted[:, :, :-1].any() and out.shape[2] > 1 and (out[:, :, 1:][~emitted[:, :, :-1]] == ends[0]).all()
+    emitted = ((out == VIDEO) | (out == IMAGE))[:, :, :-1]
+    assert emitted.any()
+    assert out.shape[2] > 1
+    assert (out[:, :, 1:][~emitted] == ends[0]).all()
 
 
 def test_decoding_uses_the_cache_under_gradient_checkpointing(tiny_model):
-    """Trap 17: gradient checkpointing silently disables the KV cache, and each token recomputes everything."""
+    """Trap 17: gradient checkpointing silently disables the KV cache.
+
+    Each token would recompute everything.
+    """
     _, _, model = tiny_model()
-    prompts, rows, decoder = collate(make_sample(model.config, *LONG)), [], model.decoder
+    prompts = collate(make_sample(model.config, *LONG))
     free = generate(model, prompts, 3, 5, ENDS, [0])
+    rows = []
+    decoder = model.decoder
+
+    def watch(x, *rest):
+        rows.append(len(x))
+        return decoder(x, *rest)
+
     model.gradient_checkpointing = True
-    model.decoder = lambda x, *rest: rows.append(len(x)) or decoder(x, *rest)
+    model.decoder = watch
     assert torch.equal(generate(model, prompts, 3, 5, ENDS, [0]), free)
-    assert rows == [prompts.ids.shape[1]] + [3] * 5  # the prompt once, then one row a completion, its last token first
+    # The prompt once, then one row a completion, its last token first.
+    assert rows == [prompts.ids.shape[1]] + [3] * 5
 
 
+# What each of two ranks runs, with bf16 weights under FSDP2.
 MASTER_WEIGHTS = """
-import sys, torch
+import sys
 from functools import partial
 from pathlib import Path
+
+import torch
+
 import grpo_video as g
 from test_smoke import make_group, run_update
+
 device, _ = g.set_up(False)
-model = g.load_model(Path(sys.argv[1]), device, torch.float32, partial(g.shard, device=device, dtype=torch.bfloat16))
+shard = partial(g.shard, device=device, dtype=torch.bfloat16)
+model = g.load_model(Path(sys.argv[1]), device, torch.float32, shard)
 before = {name: g.gathered(p, torch.float32).clone() for name, p in model.state_dict().items()}
 group = make_group(model, [[1.0, -0.5, -0.25], [-0.3, 0.7, 0.2]][g.RANK])
-group["prompts"].patches = group["prompts"].patches.bfloat16()
-gradients, step = [], g.optimizer_step
+group.prompts.patches = group.prompts.patches.bfloat16()
+
+# The gradients are the ranks' mean, not rounded to bf16.
+gradients = []
+step = g.optimizer_step
+
 def keep_gradients(model, *more):
     gradients.extend(g.gathered(p.grad, torch.float32) for p in model.parameters())
     return step(model, *more)
+
 g.optimizer_step = keep_gradients
 loss, norm = run_update(model, [group], 1e-6, torch.optim.AdamW)
-assert all((z != z.bfloat16()).any() for z in gradients)  # the ranks' mean, not rounded to bf16
-kept, count = 0, sum(p.numel() for p in model.parameters())
-assert norm > 0 and group["old_logp"].dtype == torch.float32
+assert all((z != z.bfloat16()).any() for z in gradients)
+assert norm > 0 and group.old_logp.dtype == torch.float32
+
+# AdamW's first step is the learning rate: bf16 weights would have lost nearly all of it.
+kept = 0
+count = sum(p.numel() for p in model.parameters())
 for name, p in model.named_parameters():
     assert isinstance(p, g.DTensor) and p.dtype == torch.float32, name
     after = g.gathered(p, torch.float32)
     change = (after - before[name]).abs()
-    assert 0 < change.max() < 2e-6, (name, change.max())  # AdamW's first step is the learning rate
+    assert 0 < change.max() < 2e-6, (name, change.max())
     kept += int((after.bfloat16() != before[name].bfloat16()).sum())
-assert kept < 0.05 * count, (kept, count)  # bf16 weights would have lost the rest
+assert kept < 0.05 * count, (kept, count)
 plain = g.rollout_model(model, torch.bfloat16)
 assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+# As where all rewards are equal: no backward pass follows.
 g.optimizer_step = step
 with torch.no_grad():
-    model(group["prompts"], group["completions"])  # as where all rewards are equal: no backward pass follows
-assert all(isinstance(p, g.DTensor) for p in model.parameters()), "a weight stays gathered, and would outlive an update"
+    model(group.prompts, group.completions)
+sharded = all(isinstance(p, g.DTensor) for p in model.parameters())
+assert sharded, "a weight stays gathered, and would outlive an update"
+
 run_update(model, [group], 1.0)
+plain = g.rollout_model(model, torch.bfloat16)
 with torch.no_grad():
-    ours, plain = (m(group["prompts"], group["completions"]) for m in (model, g.rollout_model(model, torch.bfloat16)))
-assert (ours - plain).abs().max() < 0.02 < 0.2 < (ours - group["old_logp"]).abs().max()
+    ours = model(group.prompts, group.completions)
+    theirs = plain(group.prompts, group.completions)
+assert (ours - theirs).abs().max() < 0.02 < 0.2 < (ours - group.old_logp).abs().max()
 print("rank", g.RANK, "kept its small update")
 """
 
 
 def test_small_updates_are_kept(tiny_model, tmp_path):
-    """bf16 weights under FSDP2 at learning rate 1e-6: without fp32 master weights each update would round away; nor may the
-    gradients be reduced in bf16, or a gathered weight outlive the update."""
+    """bf16 weights under FSDP2 at learning rate 1e-6 lose their updates to rounding.
+
+    fp32 master weights keep them. Nor may the gradients be reduced in bf16, or a gathered weight
+    outlive the update.
+    """
     folder, _, _ = tiny_model()
     (tmp_path / "ranks.py").write_text(MASTER_WEIGHTS)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | dict(PYTHONPATH=str(ROOT), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-    ranks = [subprocess.Popen([sys.executable, tmp_path / "ranks.py", folder], env=env | dict(RANK=rank, LOCAL_RANK=rank),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in "01"]
+    env = os.environ | dict(
+        PYTHONPATH=str(ROOT), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2"
+    )
+    ranks = []
+    for rank in "01":
+        process = subprocess.Popen(
+            [sys.executable, tmp_path / "ranks.py", folder],
+            env=env | dict(RANK=rank, LOCAL_RANK=rank),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        ranks.append(process)
     for rank, process in enumerate(ranks):
         output, _ = process.communicate()
-        assert process.returncode == 0 and f"rank {rank} kept its small update" in output, output
+        assert process.returncode == 0, output
+        assert f"rank {rank} kept its small update" in output, output

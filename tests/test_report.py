@@ -1,8 +1,9 @@
-"""tools/report.py: what it reads and refuses, and its page in headless Chromium, which is driven through a pipe.
+"""tools/report.py: what it reads and refuses, and its page in headless Chromium through a pipe.
 
-    apt-get install -y --no-install-recommends chromium     # else the page's tests are skipped
-    python -m pytest -q tests/test_report.py
+apt-get install -y --no-install-recommends chromium     # else the page's tests are skipped
+python -m pytest -q tests/test_report.py
 """
+
 import base64
 import io
 import json
@@ -21,67 +22,173 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import report  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 EVIL = "<script>alert(1)</script></script><!--<script>\u2028\u2029&lt;<img src=x onerror=alert(2)>"
-VOCAB = ["it", "Ġmoves", "Ġup", "ä½", "ł", "å¥½", "Ċ", "<"]  # 你 is E4 BD | A0, split over tokens 3 and 4; 5 is 好 whole
-TOKENIZER = json.dumps(dict(model=dict(vocab={token: i for i, token in enumerate(VOCAB)}),
-                            added_tokens=[dict(id=100, content="<|im_end|>")]))
+# 你 is E4 BD | A0, split over tokens 3 and 4; 5 is 好 whole.
+VOCAB = ["it", "Ġmoves", "Ġup", "ä½", "ł", "å¥½", "Ċ", "<"]
+TOKENIZER = json.dumps(
+    dict(
+        model=dict(vocab={token: i for i, token in enumerate(VOCAB)}),
+        added_tokens=[dict(id=100, content="<|im_end|>")],
+    )
+)
 
 
+# ---- The folders that a report is about ----------------------------------------------------------
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def completion(text="it moves up", answer="A", **changes):
-    return dict(ids=[0, 1, 2, 100], length=4, truncated=False, text=text, reward=float(answer == "A"), answer=answer, kl=0.01234567,
-                entropy=0.5, clip_ratio=0.0, advantage=0.5, logprob_sum=-1.0, log_ratio=[0.0, -3.0, 1.0, 0.1234]) | changes
+    row = dict(
+        ids=[0, 1, 2, 100],
+        length=4,
+        truncated=False,
+        text=text,
+        reward=float(answer == "A"),
+        answer=answer,
+        kl=0.01234567,
+        entropy=0.5,
+        clip_ratio=0.0,
+        advantage=0.5,
+        logprob_sum=-1.0,
+        log_ratio=[0.0, -3.0, 1.0, 0.1234],
+    )
+
+    return row | changes
 
 
 def rollout(step, sample_id, completions, prompt="What next?"):
-    text = f"<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{prompt}\n Output the thinking process in <think> it"
-    return dict(step=step, sample_id=sample_id, prompt=text, prompt_ids_len=9, gold="A", completions=completions)
+    before = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+    behind = "\n Output the thinking process in <think> it"
+    return dict(
+        step=step,
+        sample_id=sample_id,
+        prompt=before + prompt + behind,
+        prompt_ids_len=9,
+        gold="A",
+        completions=completions,
+    )
+
+
+def write_run(folder, data):
+    """30 steps with 2 prompts each, the first with what a page must not take for its own markup."""
+    metrics = [
+        dict(
+            step=i,
+            epoch=i / 30,
+            reward=i / 30,
+            kl=math.nan if i == 7 else i / 100,
+            time_data=0.1,
+            time_rollout=0.2,
+            surprise=3.0,
+        )
+        for i in range(1, 31)
+    ]
+    write(folder / "metrics.jsonl", metrics)
+
+    rows = []
+    for step in range(1, 31):
+        for _ in range(2):
+            rows.append(rollout(step, step % 4, [completion(), completion("no", "B")]))
+    truncated = completion(
+        EVIL, None, ids=[7, *range(7)], log_ratio=[0.1] * 8, truncated=True, consistent=True
+    )
+    diverged = completion(EVIL, log_ratio=[math.nan] * 4, kl=math.inf, consistent=False)
+    rows[0] = rollout(1, "1", [truncated, diverged], EVIL)
+    del rows[1]["completions"][0]["log_ratio"]
+    rows[1]["completions"][0]["text"] = EVIL
+    write(folder / "rollouts.jsonl", rows)
+    with open(folder / "rollouts.jsonl", "a") as f:
+        f.write('{"step": 31, "sample_')  # a kill's half line
+
+    settings = dict(data_root=str(data), annotations="", model="nowhere")
+    (folder / "config.json").write_text(json.dumps(dict(model_type="qwen2_vl", run=settings)))
+    (folder / "checkpoint-20").mkdir()
+    (folder / "checkpoint-20/tokenizer.json").write_text(TOKENIZER)
+    (folder / "frames").mkdir()
+    Image.new("RGB", (2000, 250), "blue").save(folder / "frames/2.png")
+
+
+def write_sft(folder):
+    """10 steps, with a held-out loss at every fifth."""
+    metrics = [dict(step=i, loss=1 / i, token_accuracy=0.5) for i in range(1, 11)]
+    for row in metrics[4::5]:
+        row["eval_loss"] = 2.0
+    write(folder / "metrics.jsonl", metrics)
+
+
+def write_evaluation(folder):
+    """Four questions of L3: one without an answer, two right, one that failed."""
+    counts = dict(
+        accuracy=2 / 3,
+        correct=2,
+        total=3,
+        failed=1,
+        no_answer=1,
+        ci95=[0.2, 0.9],
+        accuracy_failed_wrong=0.5,
+    )
+    domain = counts | dict(accuracy=0.123)
+    domains = dict(by_domain={"Work": domain, EVIL: domain}, by_category={})
+    summary = dict(validation_L3=counts | domains)
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+    answers = [
+        (1, EVIL, None, None),
+        (2, "A", "A", None),
+        (3, "A", "A", None),
+        (4, None, None, "unreadable"),
+    ]
+    predictions = [
+        dict(
+            sample_id=i,
+            response=text,
+            predicted=letter,
+            gold="A",
+            correct=letter == "A",
+            domain="Work",
+            error=error,
+        )
+        for i, text, letter, error in answers
+    ]
+    analysis = dict(sample_id=2, consistent=False, p_answer=0.5)
+    write(folder / "predictions_validation_L3.jsonl", predictions)
+    write(folder / "analysis_validation_L3.jsonl", [analysis])
+
+
+def write_data(folder):
+    """The questions of both, one observation that can be read and one that cannot."""
+    choices = {f"choice_{letter}": f"move {letter}" for letter in "abcd"}
+    rows = [
+        dict(
+            sample_id=i,
+            question=f"Question {i}?",
+            video_source="E",
+            current_observation_basename=f"{i}.png",
+            **choices,
+        )
+        for i in range(5)
+    ]
+    write(folder / "annotations/training_6k.jsonl", rows)
+    write(folder / "annotations/validation_L3.jsonl", rows)
+
+    (folder / "images/E").mkdir(parents=True)
+    Image.new("RGBA", (300, 200), "red").save(folder / "images/E/2.png")
+    (folder / "images/E/3.png").write_bytes(b"no picture")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A run of 30 steps with 2 prompts each, an SFT run, an evaluation, and their data."""
+    """A folder with run/, sft/, an evaluation eval/, and their data/."""
     home = tmp_path_factory.mktemp("report")
-    run, sft, evaluation, data = home / "run", home / "sft", home / "eval", home / "data"
-    write(run / "metrics.jsonl", [dict(step=i, epoch=i / 30, reward=i / 30, kl=math.nan if i == 7 else i / 100, time_data=0.1,
-                                       time_rollout=0.2, surprise=3.0) for i in range(1, 31)])
-    rows = [rollout(step, step % 4, [completion(), completion("no", "B")]) for step in range(1, 31) for _ in "12"]
-    rows[0] = rollout(1, "1", [completion(EVIL, None, ids=[7, *range(7)], log_ratio=[0.1] * 8, truncated=True, consistent=True),
-                               completion(EVIL, log_ratio=[math.nan] * 4, kl=math.inf, consistent=False)], EVIL)
-    del rows[1]["completions"][0]["log_ratio"]
-    rows[1]["completions"][0]["text"] = EVIL
-    write(run / "rollouts.jsonl", rows)
-    with open(run / "rollouts.jsonl", "a") as f:
-        f.write('{"step": 31, "sample_')  # a kill's half line
-    run_settings = dict(data_root=str(data), annotations="", model="nowhere")
-    (run / "config.json").write_text(json.dumps(dict(model_type="qwen2_vl", run=run_settings)))
-    (run / "checkpoint-20").mkdir()
-    (run / "checkpoint-20/tokenizer.json").write_text(TOKENIZER)
-    write(sft / "metrics.jsonl", [dict(step=i, loss=1 / i, token_accuracy=0.5) | (dict(eval_loss=2.0) if i % 5 == 0 else {})
-                                  for i in range(1, 11)])
-    counts = dict(accuracy=2 / 3, correct=2, total=3, failed=1, no_answer=1, ci95=[0.2, 0.9], accuracy_failed_wrong=0.5)
-    domain = counts | dict(accuracy=0.123)
-    summary = dict(validation_L3=counts | dict(by_domain={"Work": domain, EVIL: domain}, by_category={}))
-    answers = [(1, EVIL, None, None), (2, "A", "A", None), (3, "A", "A", None), (4, None, None, "unreadable")]
-    write(evaluation / "predictions_validation_L3.jsonl", [
-        dict(sample_id=i, response=text, predicted=letter, gold="A", correct=letter == "A", domain="Work", error=error)
-        for i, text, letter, error in answers])
-    write(evaluation / "analysis_validation_L3.jsonl", [dict(sample_id=2, consistent=False, p_answer=0.5)])
-    (evaluation / "summary.json").write_text(json.dumps(summary))
-    rows = [dict(sample_id=i, question=f"Question {i}?", video_source="E", current_observation_basename=f"{i}.png",
-                 **{f"choice_{letter}": f"move {letter}" for letter in "abcd"}) for i in range(5)]
-    write(data / "annotations/training_6k.jsonl", rows)
-    write(data / "annotations/validation_L3.jsonl", rows)
-    (data / "images/E").mkdir(parents=True)
-    Image.new("RGBA", (300, 200), "red").save(data / "images/E/2.png")
-    (data / "images/E/3.png").write_bytes(b"no picture")
-    (run / "frames").mkdir()
-    Image.new("RGB", (2000, 250), "blue").save(run / "frames/2.png")
+    write_run(home / "run", home / "data")
+    write_sft(home / "sft")
+    write_evaluation(home / "eval")
+    write_data(home / "data")
     return home
 
 
@@ -93,50 +200,86 @@ def write_report(*args):
 @pytest.fixture(scope="module")
 def page(folders):
     """The report about everything -> its path."""
-    done = write_report(*(folders / name for name in ("run", "sft", "eval")), "--output", folders / "all.html")
-    assert done.returncode == 0 and "2 runs, 1 evaluations, 64 prompts" in done.stdout, done
+    sources = [folders / name for name in ("run", "sft", "eval")]
+    done = write_report(*sources, "--output", folders / "all.html")
+    assert done.returncode == 0, done
+    assert "2 runs, 1 evaluations, 64 prompts" in done.stdout, done
     return folders / "all.html"
 
 
 def embedded(html, name):
+    """The JSON that a page holds under this name."""
     return json.loads(html.split(f'id="{name}">')[1].split("</script>")[0])
 
 
+# ---- What is read, embedded and refused ----------------------------------------------------------
 def test_bytes_of_tokens_are_grouped_into_characters(folders):
-    """A character split over tokens is shown whole, at the first, with the sum of their log-ratios; bytes that are no character
-    show as the replacement character; an id that the tokenizer lacks by its number; an added token as it is."""
+    """A character split over tokens is shown whole, at the first, with the sum of their log-ratios.
+
+    Bytes that are no character show as the replacement character; an id that the tokenizer lacks
+    by its number; an added token as it is.
+    """
     tokens = report.load_tokens([folders, folders / "run/checkpoint-20"])
-    assert tokens[1] == b" moves" and tokens[6] == b"\n" and report.load_tokens([folders]) == {}
-    texts, ratios = report.pieces(tokens, [0, 3, 4, 5, 1, 100, 999], [0.1, 0.2, 0.3, math.nan, -0.12345, 0.0, 1.0])
+    assert tokens[1] == b" moves"
+    assert tokens[6] == b"\n"
+    assert report.load_tokens([folders]) == {}
+
+    ids = [0, 3, 4, 5, 1, 100, 999]
+    texts, ratios = report.pieces(tokens, ids, [0.1, 0.2, 0.3, math.nan, -0.12345, 0.0, 1.0])
     assert texts == ["it", "你", "好", " moves", "<|im_end|>", "[999]"]
     assert ratios == [0.1, 0.5, None, -0.123, 0.0, 1.0]
-    assert report.pieces(tokens, [4, 3, 0], [1.0, 2.0, 3.0]) == (["\ufffd", "\ufffd", "it"], [1.0, 2.0, 3.0])
+
+    texts, ratios = report.pieces(tokens, [4, 3, 0], [1.0, 2.0, 3.0])
+    assert texts == ["\ufffd", "\ufffd", "it"]
+    assert ratios == [1.0, 2.0, 3.0]
     assert sorted(report.BYTE.values()) == list(range(256))
 
 
 def test_data_cannot_become_markup(page):
-    """No `<` of a model's or a data set's is in the page, U+2028 and U+2029 neither, and all of it comes back from JSON."""
+    """No `<` of a model's or a data set's is in the page, U+2028 and U+2029 neither.
+
+    All of it comes back from JSON.
+    """
     html = page.read_text()
-    assert "alert(1)<" not in html and "<img" not in html and "\u2028" not in html and "\u2029" not in html
-    assert html.count("<script>") == 1 and html.count("</script>") == html.count("<script")
+    for text in ("alert(1)<", "<img", "\u2028", "\u2029"):
+        assert text not in html
+    assert html.count("<script>") == 1
+    assert html.count("</script>") == html.count("<script")
+
     first = embedded(html, "prompt-0")
-    assert first["question"] == EVIL.strip() and "".join(first["completions"][1]["text"]) == "it moves up<|im_end|>"
-    assert embedded(html, "prompt-1")["completions"][0]["text"] == EVIL  # no log_ratio: the text as it was logged
-    assert first["completions"][1]["kl"] is None and first["completions"][0]["kl"] == 0.01235
-    assert "http" not in html.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")  # SVG's name is no address
+    truncated, diverged = first["completions"]
+    assert first["question"] == EVIL.strip()
+    assert "".join(diverged["text"]) == "it moves up<|im_end|>"
+    assert diverged["kl"] is None
+    assert truncated["kl"] == 0.01235
+
+    # Without a log_ratio it is the text as it was logged.
+    assert embedded(html, "prompt-1")["completions"][0]["text"] == EVIL
+
+    # SVG's name is no address.
+    rest = html.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+    assert "http" not in rest
 
 
 def test_pictures(page):
-    """The strip of frames and the observation are embedded, at most 140 high; a picture that cannot be read is left out."""
+    """The strip of frames and the observation are embedded, at most 140 high.
+
+    A picture that cannot be read is left out.
+    """
     html = page.read_text()
-    assert embedded(html, "prompt-2")["pictures"] is not None and embedded(html, "prompt-4")["pictures"] is None
-    strip, image = embedded(html, f"picture-{embedded(html, 'prompt-2')['pictures']}")
-    sizes = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size for uri in (strip, image)]
+    number = embedded(html, "prompt-2")["pictures"]
+    assert number is not None
+    assert embedded(html, "prompt-4")["pictures"] is None
+
+    sizes = []
+    for uri in embedded(html, f"picture-{number}"):
+        data = base64.b64decode(uri.split(",")[1])
+        sizes.append(Image.open(io.BytesIO(data)).size)
     assert sizes == [(1120, 140), (200, 133)]
 
 
 def test_pictures_have_a_limit(folders, monkeypatch):
-    """Pictures of a source's first samples alone, whatever the number of its prompts, and a note that says so."""
+    """Pictures of a source's first samples alone, however many prompts, and a note that says so."""
     monkeypatch.setattr(report, "MAX_PICTURED", 1)
     page = report.Report(folders / "data")
     page.add_source("a run", folders / "data/annotations/training_6k.jsonl")
@@ -146,22 +289,37 @@ def test_pictures_have_a_limit(folders, monkeypatch):
 
 
 def test_default_output_and_missing_data(folders, tmp_path):
-    """Without --output the page is in the first folder; without the data it has notes in place of pictures."""
+    """Without --output the page is in the first folder; without the data it has notes instead."""
     shutil.copytree(folders / "eval", tmp_path / "eval")
     done = write_report(tmp_path / "eval", "--data_root", tmp_path / "nowhere")
     assert done.returncode == 0, done
-    notes = embedded((tmp_path / "eval/report.html").read_text(), "page")["notes"]
-    assert len(notes) == 1 and "nowhere/annotations/validation_L3.jsonl; --data_root says where" in notes[0]
+
+    html = (tmp_path / "eval/report.html").read_text()
+    [note] = embedded(html, "page")["notes"]
+    assert "nowhere/annotations/validation_L3.jsonl; --data_root says where" in note
 
 
-@pytest.mark.parametrize("file, content, message", [
-    ("other.txt", "", "{0}: no metrics.jsonl, as a training run's folder has, and no summary.json, as an evaluation's has"),
-    ("metrics.jsonl", '{"step": 1}\n{"step": \n{"step": 3}\n', "{0}/metrics.jsonl:2: JSONDecodeError"),
-    ("metrics.jsonl", '{"reward": 1}\n', "{0}/metrics.jsonl:1: KeyError: 'step'"),
-    ("metrics.jsonl", "[1]\n", "{0}/metrics.jsonl:1: AttributeError"),
-    ("rollouts.jsonl", '{"step": 1}\n', "{0}/rollouts.jsonl:1: KeyError: 'completions'"),
-    ("summary.json", "{", "{0}/summary.json: JSONDecodeError"),
-    ("summary.json", '{"L1": {}}', "{0}/summary.json: KeyError: 'by_domain'")])
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        (
+            "other.txt",
+            "",
+            "{0}: no metrics.jsonl, as a training run's folder has, "
+            "and no summary.json, as an evaluation's has",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1}\n{"step": \n{"step": 3}\n',
+            "{0}/metrics.jsonl:2: JSONDecodeError",
+        ),
+        ("metrics.jsonl", '{"reward": 1}\n', "{0}/metrics.jsonl:1: KeyError: 'step'"),
+        ("metrics.jsonl", "[1]\n", "{0}/metrics.jsonl:1: AttributeError"),
+        ("rollouts.jsonl", '{"step": 1}\n', "{0}/rollouts.jsonl:1: KeyError: 'completions'"),
+        ("summary.json", "{", "{0}/summary.json: JSONDecodeError"),
+        ("summary.json", '{"L1": {}}', "{0}/summary.json: KeyError: 'by_domain'"),
+    ],
+)
 def test_bad_input(tmp_path, file, content, message):
     """Exit code 2 and one line that names the folder, or the file and its line."""
     folder = tmp_path / "folder"
@@ -171,25 +329,51 @@ def test_bad_input(tmp_path, file, content, message):
         run = dict(data_root="nowhere", annotations="", model="nowhere")
         (folder / "config.json").write_text(json.dumps(dict(run=run)))
     (folder / file).write_text(content)
+
     done = write_report(folder)
-    assert done.returncode == 2 and not (folder / "report.html").exists()
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("report.py: error: " + message.format(folder)), done.stderr
+    expected = "report.py: error: " + message.format(folder)
+    assert done.returncode == 2
+    assert not (folder / "report.html").exists()
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(expected), done.stderr
 
 
+# ---- The page in a browser -----------------------------------------------------------------------
 class Browser:
-    """Headless Chromium. Its --remote-debugging-pipe reads commands from file 3 and writes answers and events to file 4, each JSON
-    with a zero byte behind it. browser("Domain.method", **params) -> result."""
+    """Headless Chromium: browser("Domain.method", **params) -> result.
+
+    Its --remote-debugging-pipe reads commands from file 3 and writes answers and events to file 4,
+    each JSON with a zero byte behind it.
+    """
+
     def __init__(self, profile):
-        (commands, self.commands), (self.answers, answers) = os.pipe(), os.pipe()
-        command = ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', CHROMIUM, "--headless=new", "--no-sandbox",
-                   "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}",
-                   "--window-size=1280,1600"]
-        self.process = subprocess.Popen(command, pass_fds=(commands, answers), stderr=subprocess.DEVNULL)
+        commands, self.commands = os.pipe()
+        self.answers, answers = os.pipe()
+        command = [
+            "bash",
+            "-c",
+            f'exec "$0" "$@" 3<&{commands} 4>&{answers}',
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "--window-size=1280,1600",
+        ]
+        pipes = (commands, answers)
+        self.process = subprocess.Popen(command, pass_fds=pipes, stderr=subprocess.DEVNULL)
         os.close(commands)
         os.close(answers)
-        self.buffer, self.events, self.number, self.session = b"", [], 0, {}
+
+        self.buffer = b""
+        self.events = []
+        self.number = 0
+        self.session = {}
         target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = dict(sessionId=self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = dict(sessionId=session)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self(f"{domain}.enable")
 
@@ -201,22 +385,30 @@ class Browser:
 
     def __call__(self, method, **params):
         self.number += 1
-        os.write(self.commands, json.dumps(dict(id=self.number, method=method, params=params) | self.session).encode() + b"\0")
-        while (message := self.message()).get("id") != self.number:
+        command = dict(id=self.number, method=method, params=params) | self.session
+        os.write(self.commands, json.dumps(command).encode() + b"\0")
+
+        message = self.message()
+        while message.get("id") != self.number:
             self.events.append(message)
+            message = self.message()
         assert "error" not in message, (method, message)
         return message["result"]
 
     def js(self, expression):
         """The value of an expression in the page."""
-        result = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def open(self, path, fragment=""):
         """Opens a file and waits until it is loaded and drawn -> seconds."""
-        self("Page.navigate", url="about:blank")  # else another fragment of the same file is no new page
-        self.events, start = [], time.perf_counter()
+        # Another fragment of the same file would be no new page.
+        self("Page.navigate", url="about:blank")
+        self.events = []
+        start = time.perf_counter()
         self("Page.navigate", url=path.as_uri() + fragment)
         while self.js("document.readyState + location.protocol") != "completefile:":
             time.sleep(0.01)
@@ -224,20 +416,36 @@ class Browser:
         return time.perf_counter() - start
 
     def faults(self):
-        """Exceptions, console errors, refusals by the page's policy, and requests for anything but the file and its pictures."""
-        bad = [e for e in self.events if e["method"] == "Runtime.exceptionThrown" or e["method"] == "Log.entryAdded"
-               or e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "assert")]
-        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        return bad + [url for url in asked if not url.startswith(("file:", "data:"))]
+        """What must not happen: exceptions, console errors, refusals by the policy, requests.
+
+        Only the file and its pictures may be asked for.
+        """
+        found = []
+        for event in self.events:
+            method = event["method"]
+            params = event["params"]
+            if method in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                found.append(event)
+            if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+                found.append(event)
+            if method == "Network.requestWillBeSent":
+                url = params["request"]["url"]
+                if not url.startswith(("file:", "data:")):
+                    found.append(url)
+        return found
 
     def texts(self, selector):
-        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(node => node.textContent)")
+        nodes = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        return self.js(f"{nodes}.map(node => node.textContent)")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not CHROMIUM:
-        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH; on Debian: apt-get install -y chromium")
+        pytest.skip(
+            "no chromium, chromium-browser or google-chrome on the PATH; "
+            "on Debian: apt-get install -y chromium"
+        )
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.session = {}
@@ -246,111 +454,193 @@ def browser(tmp_path_factory):
 
 
 def test_page_opens_without_errors(browser, page):
-    """Everything is there: a chart for each metric, the table's numbers as summary.json has them, prompts, and the notes."""
+    """Everything is there: a chart for each metric, the table's numbers, prompts, and the notes.
+
+    The numbers are as summary.json has them.
+    """
     browser.open(page)
     assert browser.faults() == []
     titles = " ".join(browser.texts(".charts h3"))
-    assert all(name in titles for name in ("Reward", "KL", "time_rollout", "Held-out loss", "Token accuracy", "surprise"))
+    for name in ("Reward", "KL", "time_rollout", "Held-out loss", "Token accuracy", "surprise"):
+        assert name in titles
+
     assert browser.texts("th")[:3] == ["", "L3", "L3 Work"]
     [cell, *_] = browser.texts("td")
     assert cell == "66.7 (20–90)2 of 3 right1 failed, 1 no answeraccuracy_failed_wrong 50.0 (20–90)"
-    assert browser.texts("#count") == ["prompts 1–20 of 64"] and len(browser.texts("article")) == 20
+    assert browser.texts("#count") == ["prompts 1–20 of 64"]
+    assert len(browser.texts("article")) == 20
     assert any("log_ratio" in note for note in browser.texts("#notes li"))
     assert browser.js("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_script_shows_as_text(browser, page):
-    """A completion, a question and a domain that say <script> or <img onerror> are words on the page; nothing of them runs."""
+    """A completion, a question and a domain that say <script> or <img onerror> are words.
+
+    They are shown on the page, and nothing of them runs.
+    """
     browser.open(page, "#step=1")
     assert EVIL in browser.texts(".card .text")
-    assert browser.texts(".asked .text")[0] == EVIL.strip() and f"L3 {EVIL}" in browser.texts("th")
-    assert browser.js("document.querySelectorAll('article script, article img[src=x], th img').length") == 0
+    assert browser.texts(".asked .text")[0] == EVIL.strip()
+    assert f"L3 {EVIL}" in browser.texts("th")
+    markup = "article script, article img[src=x], th img"
+    assert browser.js(f"document.querySelectorAll('{markup}').length") == 0
     assert browser.texts("article")[0].count("<it moves up你好\n") == 1
     assert browser.faults() == []
 
 
 def test_tokens_are_coloured(browser, page):
     browser.open(page, "#step=2")
-    spans = browser.js("[...document.querySelector('.card .text').children].map(s => [s.textContent, s.title, s.style.background])")
-    assert [text for text, _, _ in spans] == ["it", " moves", " up", "<|im_end|>"]
-    assert [title for _, title, _ in spans] == [f"log-ratio {ratio}" for ratio in ("0", "-3", "1", "0.123")]
-    assert "--less" in spans[1][2] and "0.6" in spans[1][2] and "--more" in spans[2][2] and "0.3" in spans[2][2]
+    spans = browser.js(
+        "[...document.querySelector('.card .text').children]"
+        ".map(s => [s.textContent, s.title, s.style.background])"
+    )
+    texts, titles, backgrounds = zip(*spans)
+    assert texts == ("it", " moves", " up", "<|im_end|>")
+    assert titles == ("log-ratio 0", "log-ratio -3", "log-ratio 1", "log-ratio 0.123")
+    assert "--less" in backgrounds[1]
+    assert "0.6" in backgrounds[1]
+    assert "--more" in backgrounds[2]
+    assert "0.3" in backgrounds[2]
 
 
-@pytest.mark.parametrize("state, count", [
-    ("step=3", 2), ("step=3-5", 6), ("step=29-", 4), ("sample_id=2", 17), ("answer=right", 62), ("answer=wrong", 61),
-    ("truncated=yes", 1), ("truncated=no", 63), ("consistent=yes", 1), ("consistent=no", 2), ("truncated=yes&answer=right", 0),
-    ("source=eval&answer=wrong", 1), ("step=3&answer=right&sample_id=3", 2), ("step=99", 0)])
+@pytest.mark.parametrize(
+    "state, count",
+    [
+        ("step=3", 2),
+        ("step=3-5", 6),
+        ("step=29-", 4),
+        ("sample_id=2", 17),
+        ("answer=right", 62),
+        ("answer=wrong", 61),
+        ("truncated=yes", 1),
+        ("truncated=no", 63),
+        ("consistent=yes", 1),
+        ("consistent=no", 2),
+        ("truncated=yes&answer=right", 0),
+        ("source=eval&answer=wrong", 1),
+        ("step=3&answer=right&sample_id=3", 2),
+        ("step=99", 0),
+    ],
+)
 def test_filters(browser, page, state, count):
-    """Over the whole set, all at once; a completion meets all that is asked of it. The form shows what the address asks for."""
+    """Over the whole set, all at once; a completion meets all that is asked of it.
+
+    The form shows what the address asks for.
+    """
     state = state.replace("source=eval", f"source={page.parent}/eval validation_L3")
     browser.open(page, "#" + state.replace(" ", "%20"))
     [shown] = browser.texts("#count")
-    assert shown == (f"prompts 1–{min(20, count)} of {count}" if count else "no such prompt")
-    values = dict(browser.js("[...new FormData(document.forms[0])].filter(([, value]) => value)"))
-    assert values == dict(part.split("=") for part in state.split("&")) and browser.faults() == []
+    if count:
+        assert shown == f"prompts 1–{min(20, count)} of {count}"
+    else:
+        assert shown == "no such prompt"
+
+    values = browser.js("[...new FormData(document.forms[0])].filter(([, value]) => value)")
+    assert dict(values) == dict(part.split("=") for part in state.split("&"))
+    assert browser.faults() == []
 
 
 def test_form_and_pages(browser, page):
-    """Next and previous turn pages; what is typed and chosen in the form filters, from the first page, and is in the address."""
+    """Next and previous turn pages; what is typed and chosen in the form filters.
+
+    It filters from the first page, and is in the address.
+    """
     browser.open(page)
     browser.js("document.querySelector('#next').click()")
     assert browser.texts("#count") == ["prompts 21–40 of 64"]
+
     browser.js("document.forms[0].elements.sample_id.focus()")
     browser("Input.insertText", text="2")
     browser.js("new Promise(done => setTimeout(done, 50))")
-    assert browser.texts("#count") == ["prompts 1–17 of 17"] and browser.js("location.hash") == "#sample_id=2"
-    assert browser.js("document.querySelector('#previous').disabled && document.querySelector('#next').disabled")
-    assert browser.js("document.querySelectorAll('article img').length") > 2 and browser.faults() == []
+    assert browser.texts("#count") == ["prompts 1–17 of 17"]
+    assert browser.js("location.hash") == "#sample_id=2"
+    for button in ("#previous", "#next"):
+        assert browser.js(f"document.querySelector('{button}').disabled")
+    assert browser.js("document.querySelectorAll('article img').length") > 2
+    assert browser.faults() == []
     assert browser.js("[...document.images].every(image => image.naturalWidth > 0)")
 
 
 def test_hover_reads_out_every_chart(browser, page):
-    """Mouse, arrow keys and address show the nearest step's values in all charts; when the mouse has left, the last step's."""
+    """Mouse, arrow keys and address show the nearest step's values in all charts.
+
+    When the mouse has left, they show the last step's.
+    """
+
     def reading(title):
         return next(text for text in browser.texts(".charts .card") if text.startswith(title))
+
     browser.open(page, "#hover=12")
-    assert "step 12" in reading("Reward") and "0.4" in reading("Reward") and "0.12" in reading("KL")
+    assert "step 12" in reading("Reward")
+    assert "0.4" in reading("Reward")
+    assert "0.12" in reading("KL")
     assert "step 10" in reading("Held-out")  # its last
+
+    # Step 7 in a plot from 56 to 354 of 360, steps 1 to 30.
     box = browser.js("document.querySelector('.charts svg').getBoundingClientRect().toJSON()")
-    x = box["x"] + box["width"] * (56 + (354 - 56) * 6 / 29) / 360  # of step 7 in a plot from 56 to 354 of 360, steps 1 to 30
-    browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=box["y"] + box["height"] / 2)
-    assert "step 7" in reading("Reward") and "0.2333" in reading("Reward") and "not finite" in reading("KL")
-    assert browser.js("document.querySelector('.charts svg line').getAttribute('visibility')") == "visible"
+    x = box["x"] + box["width"] * (56 + (354 - 56) * 6 / 29) / 360
+    y = box["y"] + box["height"] / 2
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert "step 7" in reading("Reward")
+    assert "0.2333" in reading("Reward")
+    assert "not finite" in reading("KL")
+    visibility = "document.querySelector('.charts svg line').getAttribute('visibility')"
+    assert browser.js(visibility) == "visible"
+
     browser.js("document.querySelector('.charts svg').focus()")
     browser("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
     assert "step 8" in reading("Reward")
     browser("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
-    assert "step 30" in reading("Reward") and browser.faults() == []
+    assert "step 30" in reading("Reward")
+    assert browser.faults() == []
 
 
 @pytest.mark.parametrize("scheme, background", [("light", (247, 247, 245)), ("dark", (20, 23, 26))])
 def test_screenshot(browser, page, tmp_path, scheme, background):
-    """The page is drawn, in the colours that the system prefers: a picture with its background and much beside it."""
-    browser("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
+    """The page is drawn, in the colours that the system prefers.
+
+    It is a picture with its background and much beside it.
+    """
+    preference = dict(name="prefers-color-scheme", value=scheme)
+    browser("Emulation.setEmulatedMedia", features=[preference])
     browser.open(page)
     path = tmp_path / f"{scheme}.png"
     path.write_bytes(base64.b64decode(browser("Page.captureScreenshot")["data"]))
+
     colours = sorted(Image.open(path).convert("RGB").getcolors(1 << 24), reverse=True)
     share = colours[0][0] / sum(count for count, _ in colours)
-    assert colours[0][1] == background or colours[1][1] == background  # the page's, or the cards' on it
-    assert len(colours) > 100 and 0.2 < share < 0.98
+    # One of the two is the page's, the other the cards' on it.
+    assert background in (colours[0][1], colours[1][1])
+    assert len(colours) > 100
+    assert 0.2 < share < 0.98
 
 
 def test_ten_thousand_rollouts_open_in_3_seconds(browser, tmp_path):
-    """10,000 prompts with 8 completions each: from the click until the first page is drawn, and again for a filter over all."""
+    """10,000 prompts with 8 completions each: from the click until the first page is drawn.
+
+    The same again for a filter over all.
+    """
     write(tmp_path / "metrics.jsonl", [dict(step=i, reward=0.5) for i in range(1, 1251)])
-    group = [completion(ids=[0, 1, 2] * 4, log_ratio=[0.1, -0.2, 0.3] * 4), completion("no", "B")] * 4
+    long = completion(ids=[0, 1, 2] * 4, log_ratio=[0.1, -0.2, 0.3] * 4)
+    row = json.dumps(rollout(0, 0, [long, completion("no", "B")] * 4))
+    tail = row.removeprefix('{"step": 0, "sample_id": 0')
     with open(tmp_path / "rollouts.jsonl", "w") as f:
-        tail = json.dumps(rollout(0, 0, group))[len('{"step": 0, "sample_id": 0'):]
-        f.writelines(f'{{"step": {i // 8 + 1}, "sample_id": {i}{tail}\n' for i in range(10_000))
+        for i in range(10_000):
+            f.write(f'{{"step": {i // 8 + 1}, "sample_id": {i}{tail}\n')
     run = dict(data_root="nowhere", annotations="", model="nowhere")
     (tmp_path / "config.json").write_text(json.dumps(dict(run=run)))
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
     assert write_report(tmp_path).returncode == 0
+
     seconds = browser.open(tmp_path / "report.html")
-    assert browser.texts("#count") == ["prompts 1–20 of 10000"] and browser.faults() == []
+    assert browser.texts("#count") == ["prompts 1–20 of 10000"]
+    assert browser.faults() == []
     assert seconds < 3
+
     start = time.perf_counter()
-    browser.js("location.replace('#step=1250&answer=right'), new Promise(done => addEventListener('hashchange', done))")
-    assert browser.texts("#count") == ["prompts 1–8 of 8"] and time.perf_counter() - start < 1
+    browser.js(
+        "location.replace('#step=1250&answer=right'), "
+        "new Promise(done => addEventListener('hashchange', done))"
+    )
+    assert browser.texts("#count") == ["prompts 1–8 of 8"]
+    assert time.perf_counter() - start < 1
