@@ -28,9 +28,9 @@ blocks that several scripts share: answers, sampling, Qwen2-VL, records and fram
 """
 
 import argparse
-import atexit
+import collections
 import hashlib
-import itertools
+import inspect
 import json
 import math
 import multiprocessing
@@ -43,7 +43,8 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -51,13 +52,15 @@ import decord
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import snapshot_download
+from pebble import CONSTS, ProcessExpired, ProcessPool
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
@@ -65,17 +68,19 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 # Settings
 # ------------------------------------------------------------------------------------------------
 
+
 # === shared: settings — identical in grpo_video.py, sft_video.py, eval_video.py ===
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+def from_torchrun(name, default=0):
+    """torchrun tells each process its place by environment variables."""
+    return int(os.environ.get(name, default))
+
+
+RANK = from_torchrun("RANK")
+WORLD = from_torchrun("WORLD_SIZE", 1)
+LOCAL_RANK = from_torchrun("LOCAL_RANK")
+LOCAL_WORLD = from_torchrun("LOCAL_WORLD_SIZE", WORLD)
+RESTARTS = from_torchrun("TORCHELASTIC_RESTART_COUNT")
 HERE = Path(__file__).resolve().parent
-
-
-def flag(default, help):
-    """A field of Config. Its help may limit a number: "at least 2", "above 0", "at most 1"."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: default, metadata=dict(help=help))
-    return field(default=default, metadata=dict(help=help))
 
 
 def fail(*problems):
@@ -84,7 +89,7 @@ def fail(*problems):
     if len(problems) > 20:
         lines.append(f"{len(problems)} problems in all; these were the first 20")
 
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if LOCAL_RANK == 0:
         for line in lines:
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
@@ -93,78 +98,42 @@ def fail(*problems):
 # === end shared: settings ===
 
 
+TIERS = ["validation_L1", "validation_L2", "validation_L3"]
+ABLATIONS = ("none", "no_video", "no_image", "shuffle_frames", "text_only")
+
+
 @dataclass
 class Config:
-    """All settings; each is a flag."""
+    """All settings. Each is a flag, its comment the flag's help; the limits that it names hold."""
 
     # The model and the questions
-    model: str = flag(
-        "Qwen/Qwen2-VL-7B-Instruct", "Qwen2-VL checkpoint: a folder, or a hub id that is fetched"
-    )
-    data_root: str = flag("data/SEED-Bench-R1", "folder with annotations/, videos/ and images/")
-    splits: list[str] = flag(
-        ["validation_L1", "validation_L2", "validation_L3"],
-        "files of DATA_ROOT/annotations to answer",
-    )
-    longvideobench: str = flag(
-        "", "folder with LongVideoBench's lvb_val.json and videos/, evaluated too"
-    )
-    limit: int = flag(0, "questions of each split at most; 0: all, at least 0")
-    toy: bool = flag(
-        False, "evaluate on the toy's data (--model: its base model), building it if it is missing"
-    )
-    validate: bool = flag(
-        False, "check every record, video and image of the data root, print a report and stop"
-    )
-    max_frames: int = flag(16, "frames of a video at most, at least 2")
-    fps: float = flag(2.0, "frames per second of video; 4 to max_frames in all, above 0")
-    frame_size: int = flag(
-        256, "height and width of a frame, rounded to a multiple of 28, at least 1"
-    )
-    ablate: Literal["none", "no_video", "no_image", "shuffle_frames", "text_only"] = flag(
-        "none", "what a question lacks"
-    )
+    model: str = "Qwen/Qwen2-VL-7B-Instruct"  # Qwen2-VL checkpoint: a folder, or a hub id to fetch
+    data_root: str = "data/SEED-Bench-R1"  # folder with annotations/, videos/ and images/
+    splits: list[str] = field(default_factory=lambda: TIERS)  # files of DATA_ROOT/annotations
+    longvideobench: str = ""  # folder with LongVideoBench's lvb_val.json and videos/, evaluated too
+    limit: int = 0  # questions of each split at most; 0: all, at least 0
+    toy: bool = False  # the toy's data, and its base model for --model, built if missing
+    max_frames: int = 16  # frames of a video at most, at least 2
+    fps: float = 2.0  # frames per second of video; 4 to max_frames in all, above 0
+    frame_size: int = 256  # height and width of a frame, rounded to a multiple of 28, at least 1
+    ablate: Literal[*ABLATIONS] = "none"  # what a question lacks
 
     # The responses
-    max_completion_length: int = flag(512, "tokens of a response at most, at least 1")
-    do_sample: bool = flag(
-        False, "sample by temperature, top_k and top_p instead of taking the most likely token"
-    )
-    temperature: float = flag(1.0, "softmax temperature if do_sample, above 0")
-    top_k: int = flag(0, "sample from the k most likely tokens only; 0: all, at least 0")
-    top_p: float = flag(
-        1.0, "sample from the most likely tokens that reach p together, above 0, at most 1"
-    )
-    num_samples: int = flag(
-        1, "K responses a question, sampled: mean accuracy, pass@K, majority vote, at least 1"
-    )
-    seed: int = flag(42, "of the sampling and of drawn choices, at least 0")
-    batch_size: int = flag(8, "questions decoded together on a device, at least 1")
-    dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
-    decode_timeout: float = flag(
-        60.0, "seconds after which decoding a question's media is given up, above 0"
-    )
+    max_completion_length: int = 512  # tokens of a response at most, at least 1
+    do_sample: bool = False  # sample by temperature instead of taking the most likely token
+    temperature: float = 1.0  # softmax temperature if do_sample, above 0
+    num_samples: int = 1  # K sampled responses: mean accuracy, pass@K, majority vote, at least 1
+    seed: int = 42  # of the sampling and of drawn choices, at least 0
+    batch_size: int = 8  # questions decoded together on a device, at least 1
+    dataloader_num_workers: int = 2  # processes that decode ahead; 0: none, at least 0
+    decode_timeout: float = 60.0  # seconds after which decoding a sample is given up, above 0
 
     # What it writes
-    output_dir: str = flag(
-        "", "where predictions and summaries go; default: runs/eval-<the model folder's name>"
-    )
-    save_cot: str = flag(
-        "",
-        "file for the splits' right responses, shortest first, as training rows for sft_video.py",
-    )
-    cot_per_question: int = flag(1, "responses of a question that save_cot keeps, at least 1")
-    compare: list[str] = flag([], "evaluated folders to print as one table; evaluates nothing")
-    paper: bool = flag(False, "show the paper's numbers beside")
-    analyze: bool = flag(
-        False, "measure attention on vision, and whether the thinking leads to the letter"
-    )
-    reference: str = flag(
-        "", "folder of the model that judges the thinking for analyze; default: itself, blind"
-    )
-    heatmaps: int = flag(
-        0, "pictures of the attention that analyze draws of each split, at least 0"
-    )
+    output_dir: str = ""  # default: runs/eval-<the model folder's name>
+    save_cot: str = ""  # file for right responses, shortest first: training rows for sft_video.py
+    cot_per_question: int = 1  # responses of a question that save_cot keeps, at least 1
+    compare: list[str] = field(default_factory=list)  # evaluated folders to print as one table
+    paper: bool = False  # show the paper's numbers beside
 
 
 TOY = dict(
@@ -179,8 +148,7 @@ TOY = dict(
 
 # What a response depends on beside the model and the data.
 DECIDING = (
-    "do_sample temperature top_k top_p seed num_samples max_completion_length ablate max_frames "
-    "fps frame_size"
+    "do_sample temperature seed num_samples max_completion_length ablate max_frames fps frame_size"
 ).split()
 
 # Accuracy in %, arXiv 2503.24376
@@ -200,7 +168,7 @@ PAPER = {
 def tally(rows, *keys):
     """Prediction rows -> counts and accuracy, and the same by each of the keys. Failed rows are in
     accuracy_failed_wrong's total alone."""
-    seen = [row for row in rows if not row["error"]]
+    seen = answered(rows)
     total = len(seen)
     correct = sum(row["correct"] for row in seen)
     counts = dict(
@@ -214,20 +182,33 @@ def tally(rows, *keys):
         accuracy_failed_wrong_ci95=wilson(correct, len(rows)),
     )
 
-    sampled = [row for row in seen if "answers" in row]
-    if sampled:  # the K samples of a question count as one, so the intervals are its own
-        rights = [[answer == row["gold"] for answer in row["answers"]] for row in sampled]
-        mean = float(np.mean(rights))
-        best = float(np.any(rights, axis=1).mean())
-        counts |= dict(mean_accuracy=mean, mean_accuracy_ci95=wilson(mean * total, total))
-        counts |= dict(pass_at_k=best, pass_at_k_ci95=wilson(best * total, total))
+    hits = [row["answers"].count(row["gold"]) for row in seen if "answers" in row]
+    if hits:  # the K samples of a question count as one, so the intervals are its own
+        mean = sum(hits) / sum(len(row["answers"]) for row in seen)
+        best = sum(count > 0 for count in hits) / total
+        counts |= dict(
+            mean_accuracy=mean,
+            mean_accuracy_ci95=wilson(mean * total, total),
+            pass_at_k=best,
+            pass_at_k_ci95=wilson(best * total, total),
+        )
 
     for key in keys:
-        parts = {}
-        for name in sorted({row[key] for row in rows if key in row}, key=str):
-            parts[name] = tally([row for row in rows if row.get(key) == name])
-        counts[f"by_{key}"] = parts
+        counts[f"by_{key}"] = {name: tally(group) for name, group in grouped(rows, key).items()}
     return counts
+
+
+def answered(rows):
+    return [row for row in rows if not row["error"]]
+
+
+def grouped(rows, key):
+    """-> {value of the key: its rows}, sorted; rows without the key are left out."""
+    groups = {}
+    for row in rows:
+        if key in row:
+            groups.setdefault(row[key], []).append(row)
+    return dict(sorted(groups.items()))
 
 
 def wilson(correct, total):
@@ -236,7 +217,8 @@ def wilson(correct, total):
     variance = correct * (total - correct) / max(1, total)
     half = math.sqrt(z2 * (variance + z2 / 4))
     middle = correct + z2 / 2
-    return [(middle - half) / (total + z2), (middle + half) / (total + z2)]
+    n = total + z2
+    return [(middle - half) / n, (middle + half) / n]
 
 
 def mcnemar(gained, lost):
@@ -251,52 +233,58 @@ def table(answers, paper):
     """{folder: {split: rows}} -> Markdown, a line of scores for each folder; all but the first are
     compared to the first."""
     lines = {}
-    first = next(iter(answers.values()))
+    first = {}
     for folder, splits in answers.items():
-        line = {}
-        failed = 0
+        line = dict(failed=0)
         for split, rows in splits.items():
-            failed += sum(row["error"] is not None for row in rows)
-            before = first.get(split, []) if splits is not first else []
+            line["failed"] += len(rows) - len(answered(rows))
+            before = first.get(split, [])
             column = split.removeprefix("validation_")
             line[column] = score(rows, before)
-            for domain in {row["domain"] for row in rows} - {"all"}:
-                part = [row for row in rows if row["domain"] == domain]
-                line[f"{column} {domain}"] = score(part, before)
-        lines[folder] = line | dict(failed=str(failed))
+            for domain, group in grouped(rows, "domain").items():
+                if domain != "all":
+                    line[f"{column} {domain}"] = score(group, before)
+        lines[folder] = line
+        first = first or splits
+
     if paper:
         for model, values in PAPER.items():
             lines[model] = dict(zip(COLUMNS, values.split()))
 
-    columns = {*itertools.chain(*lines.values())}
+    # Sorted, "60 s" before "600 s".
+    columns = set().union(*lines.values())
     columns = sorted(columns, key=lambda name: re.sub(r"\d+ s", lambda x: x[0].zfill(6), name))
     cells = [["model", *columns], ["---"] * (len(columns) + 1)]
     for model, line in lines.items():
         cells.append([model, *(line.get(name, "") for name in columns)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
 
 
 def score(rows, first):
     """Accuracy in % (95 % interval), what differs from it, and the paired difference to the first
     model's rows."""
     counts = tally(rows)
-    parts = []
-    for key in ("accuracy", "mean_accuracy", "pass_at_k", "accuracy_failed_wrong"):
-        value = counts.get(key, counts["accuracy"])
-        if key == "accuracy" or value != counts["accuracy"]:
-            low, high = counts.get(f"{key}_ci95", counts["ci95"])
-            name = "" if key == "accuracy" else f"{key} "
-            parts.append(f"{name}{100 * value:.1f} ({100 * low:.0f}–{100 * high:.0f})")
+    accuracy = counts["accuracy"]
+    parts = [percent(accuracy, *counts["ci95"])]
+    for key in ("mean_accuracy", "pass_at_k", "accuracy_failed_wrong"):
+        if counts.get(key, accuracy) != accuracy:
+            parts.append(f"{key} {percent(counts[key], *counts[f'{key}_ci95'])}")
 
-    before = {row["sample_id"]: row["correct"] for row in first if not row["error"]}
-    shared = [row for row in rows if not row["error"] and row["sample_id"] in before]
-    pairs = [(before[row["sample_id"]], row["correct"]) for row in shared]
-    if pairs:
-        gained = pairs.count((False, True))
-        lost = pairs.count((True, False))
-        difference = 100 * (gained - lost) / len(pairs)
-        parts.append(f"{difference:+.1f} (p = {mcnemar(gained, lost):.2g})")
+    before = {row["sample_id"]: row["correct"] for row in answered(first)}
+    changes = [  # 1, 0 or -1 each, of the questions that both answered
+        row["correct"] - before[row["sample_id"]]
+        for row in answered(rows)
+        if row["sample_id"] in before
+    ]
+    if changes:
+        difference = 100 * sum(changes) / len(changes)
+        p = mcnemar(changes.count(1), changes.count(-1))
+        parts.append(f"{difference:+.1f} (p = {p:.2g})")
     return ", ".join(parts)
+
+
+def percent(share, low, high):
+    return f"{100 * share:.1f} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -320,12 +308,11 @@ def predict(model, tokenizer, samples, c):
             end_ids,
             seeds,
             c.temperature if c.do_sample else 0.0,
-            c.top_k,
-            c.top_p,
         )  # [B, K, C]
+
         for sample, ids in zip(good, completions):
             # Behind its end a row is filled up with end tokens, which are skipped.
-            sample["texts"] = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+            sample["texts"] = tokenizer.batch_decode(ids, skip_special_tokens=True)
             sample["first"] = ids[0][completion_mask(ids[0], end_ids)].tolist()
     return [prediction(sample) for sample in samples]
 
@@ -335,6 +322,7 @@ def prediction(sample):
     texts = sample.get("texts", [None])
     letters = "ABCDE"[: len(sample["choices"])]
     answers = [extract_answer(text or "", letters) for text in texts]
+
     # The majority's answer; of equals the first that was sampled.
     predicted = max(filter(None, answers), key=answers.count, default=None)
     row = dict(
@@ -354,8 +342,7 @@ def prediction(sample):
 
 def ablated(record, ablate):
     """The record less the media that --ablate takes away."""
-    gone = dict(no_video=["video"], no_image=["image"], text_only=["video", "image"])
-    media = [m for m in record["media"] if m[0] not in gone.get(ablate, [])]
+    media = [m for m in record["media"] if ablate not in (f"no_{m[0]}", "text_only")]
     return record | dict(media=media)
 
 
@@ -365,12 +352,17 @@ def shuffle_frames(sample):
     if "error" in sample:
         return sample
 
+    # A slice is a pair of frames, or the image, which comes behind them. All are of one size.
+    t, h, w = sample["grids"][0]
+    slices = sample["patches"].split(h * w)
     rng = random.Random(repr(sample["sample_id"]))
-    sizes = [t * h * w for t, h, w in sample["grids"]]
-    shuffled = []
-    for (t, _, _), patches in zip(sample["grids"], sample["patches"].split(sizes)):
-        shuffled += rng.sample(patches.chunk(t), t)
-    return sample | dict(patches=torch.cat(shuffled)) if shuffled else sample
+    shuffled = rng.sample(slices[:t], t)
+    return sample | dict(patches=torch.cat([*shuffled, *slices[t:]]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions and files
+# ------------------------------------------------------------------------------------------------
 
 
 def open_split(folder, split, settings):
@@ -379,14 +371,15 @@ def open_split(folder, split, settings):
     path = folder / f"predictions_{split}.jsonl"
     settings_path = folder / f"settings_{split}.json"
     done = {row["sample_id"] for row in read_rows(path)}
-    before = json.loads(settings_path.read_text()) if done else settings
-    changed = [key for key in settings if before.get(key) != settings[key]]
-    if changed:
-        where = f"--output_dir {folder}: its {split} has"
-        fail(*(f"{where} {key} {before.get(key)!r}, not {settings[key]!r}" for key in changed))
+    if done:
+        before = json.loads(settings_path.read_text())
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            where = f"--output_dir {folder}: its {split} has"
+            fail(*(f"{where} {key} {before.get(key)!r}, not {settings[key]!r}" for key in changed))
 
-    if RANK == 0 and done:  # the other ranks may still be reading, but not what changes here
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        if RANK == 0:  # the other ranks may still be reading, but not what changes here
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     elif RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         settings_path.write_text(json.dumps(settings, indent=1))
@@ -405,135 +398,9 @@ def read_rows(path):
         fail(f"{path}: {error}")
 
 
-def load_longvideobench(root):
-    """lvb_val.json -> records: 4 or 5 candidates, no image, no subtitles. A bad entry is reported
-    by its place; exit code 2."""
-    path = root / "lvb_val.json"
-    records = {}
-    place = "none"
-    try:
-        for i, raw in enumerate(json.loads(path.read_text())):
-            place = i
-            name = text_field(raw, "id")
-            texts = raw["candidates"]
-            right = raw["correct_choice"]
-            strings = texts == [*map(str, texts)] and len(texts) in (4, 5)
-            if name in records or not strings or right not in range(len(texts)):
-                raise ValueError(
-                    f"{name} is there twice, or lacks 4 or 5 candidates, one of them correct: "
-                    f"{texts}, {right!r}"
-                )
-            video = f"videos/{text_field(raw, 'video_path')}"
-            records[name] = dict(
-                sample_id=name,
-                question=text_field(raw, "question"),
-                choices=texts,
-                gold="ABCDE"[right],
-                media=[("video", inside(root, video))],
-                domain=f"{raw['duration_group']} s",
-                category=text_field(raw, "question_category"),
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(
-            f"{path}: entry {place}: {error!r}; `hf download --repo-type dataset "
-            "longvideobench/LongVideoBench` fetches it"
-        )
-    return list(records.values())
-
-
-def cot_rows(split, rows, root, c):
-    """Each question's right responses that show their thinking, the shortest cot_per_question ->
-    rows for sft_video.py."""
-    found = []
-    for row in rows:
-        right = set()
-        for text in row.get("responses", [row["response"]]):
-            if text and "</think>" in text and extract_answer(text) == row["gold"]:
-                right.add(text.strip())
-        choices, _ = choose(row, c.seed, 0)
-        [message] = build_messages(row, choices)
-        for part, (kind, path) in zip(message["content"], row["media"]):
-            part[kind] = str(path.relative_to(root.resolve()))
-
-        shortest = sorted(right, key=lambda text: (len(text), text))[: c.cot_per_question]
-        for i, text in enumerate(shortest):
-            name = f"{split}_{row['sample_id']}_{i}"
-            found.append(dict(sample_id=name, prompt=[message], response=text))
-    return found
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------
-
-
-def main():
-    c = parse_config(Config, TOY)
-    if c.compare:
-        return print(table({folder: evaluated(folder) for folder in c.compare}, c.paper))
-
-    c.do_sample = c.do_sample or c.num_samples > 1  # K greedy responses would be one
-    device, dtype = set_up(c.toy)
-    root = Path(c.data_root)
-    if c.validate:
-        command = [sys.executable, HERE / "tools/validate.py", c.data_root]
-        sys.exit(RANK == 0 and subprocess.call(command))
-
-    # The questions and the model.
-    splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in c.splits}
-    if c.longvideobench:
-        splits["LVB"] = load_longvideobench(Path(c.longvideobench))
-    source = find_model(c.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = load_model(source, device, dtype)
-    folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
-    settings = {key: getattr(c, key) for key in DECIDING} | dict(model_sha256=weights_hash(source))
-
-    answers = {}
-    for split, records in splits.items():
-        asked = [(r["sample_id"], r["question"], choose(r, c.seed, 0)) for r in records]
-        asked = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        path, done = open_split(folder, split, settings | dict(data_sha256=asked))
-        records = [ablated(record, c.ablate) for record in records[: c.limit or None]]
-        todo = [record for record in records if record["sample_id"] not in done]
-        dataset = VideoDataset(todo, tokenizer, model.config, c, shuffle=False)
-
-        # Prediction: a batch a rank at a time; the last may be empty on some ranks.
-        positions = range(len(todo))
-        starts = range(RANK * c.batch_size, len(todo) + RANK * c.batch_size, WORLD * c.batch_size)
-        batches = [positions[start : start + c.batch_size] for start in starts]
-        loader = load_batches(dataset, batches, c.dataloader_num_workers)
-        with open(path if RANK == 0 else os.devnull, "a") as f:
-            for samples in tqdm(loader, desc=split, disable=RANK > 0):
-                if c.ablate == "shuffle_frames":
-                    samples = [shuffle_frames(sample) for sample in samples]
-                rows = gather_rows(predict(model, tokenizer, samples, c))
-                f.writelines(json.dumps(row) + "\n" for row in rows)
-                f.flush()
-        records = {record["sample_id"]: record for record in records}
-        rows = [row for row in read_rows(path) if row["sample_id"] in records]
-        answers[split] = [records[row["sample_id"]] | row for row in rows]
-
-    # Tally and comparison.
-    if RANK == 0:
-        summary = {split: tally(rows, "domain", "category") for split, rows in answers.items()}
-        text = table({str(folder): answers}, c.paper)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        (folder / "summary.md").write_text(text + "\n")
-        print(text)
-        print(f"{folder}/ holds predictions_<split>.jsonl, summary.json and summary.md")
-    if c.analyze:
-        from tools.analyze import analyze_all
-
-        analyze_all(c, answers, model, tokenizer, folder)
-    if RANK == 0 and c.save_cot:
-        lines = []
-        for split in c.splits:
-            lines += [json.dumps(row) + "\n" for row in cot_rows(split, answers[split], root, c)]
-        if not lines:
-            fail(f"--save_cot {c.save_cot}: no right response has a </think> to learn from")
-        Path(c.save_cot).write_text("".join(lines))
-    dist.destroy_process_group()
+def write_rows(path, rows, mode):
+    with open(path, mode) as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def evaluated(folder):
@@ -554,6 +421,139 @@ def weights_hash(source):
     return whole.hexdigest()
 
 
+def questions_hash(records, seed):
+    """Of all questions of a split, with the choices as they are asked."""
+    asked = [(r["sample_id"], r["question"], choose(r, seed, 0)) for r in records]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def load_longvideobench(root):
+    """lvb_val.json -> records: 4 or 5 candidates, no image, no subtitles. A bad entry is reported
+    by its place; exit code 2."""
+    path = root / "lvb_val.json"
+    records = {}
+    place = "none"
+    try:
+        for i, raw in enumerate(json.loads(path.read_text())):
+            place = i
+            name = text_field(raw, "id")
+            texts = raw["candidates"]
+            right = raw["correct_choice"]
+            strings = texts == [*map(str, texts)] and len(texts) in (4, 5)
+            if name in records or not strings or right not in range(len(texts)):
+                raise ValueError(
+                    f"{name} is there twice, or lacks 4 or 5 candidates, one of them correct: "
+                    f"{texts}, {right!r}"
+                )
+
+            records[name] = dict(
+                sample_id=name,
+                question=text_field(raw, "question"),
+                choices=texts,
+                gold="ABCDE"[right],
+                media=[("video", inside(root, f"videos/{text_field(raw, 'video_path')}"))],
+                domain=f"{raw['duration_group']} s",
+                category=text_field(raw, "question_category"),
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(
+            f"{path}: entry {place}: {error!r}; `hf download --repo-type dataset "
+            "longvideobench/LongVideoBench` fetches it"
+        )
+    return list(records.values())
+
+
+def save_cot(answers, root, c):
+    """Each question's right responses that show their thinking, the shortest cot_per_question ->
+    a file of rows for sft_video.py."""
+    found = []
+    for split in c.splits:
+        for row in answered(answers[split]):
+            choices, _ = choose(row, c.seed, 0)
+            prompt = build_messages(row, choices)
+            for part, (kind, path) in zip(prompt[0]["content"], row["media"]):
+                part[kind] = str(path.relative_to(root.resolve()))
+
+            right = {
+                text.strip()
+                for text in row.get("responses", [row["response"]])
+                if "</think>" in text and extract_answer(text) == row["gold"]
+            }
+            by_length = sorted(sorted(right), key=len)
+            for i, text in enumerate(by_length[: c.cot_per_question]):
+                name = f"{split}_{row['sample_id']}_{i}"
+                found.append(dict(sample_id=name, prompt=prompt, response=text))
+
+    if not found:
+        fail(f"--save_cot {c.save_cot}: no right response has a </think> to learn from")
+    write_rows(c.save_cot, found, "w")
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
+
+
+def main():
+    c = parse_config(Config, TOY)
+    if c.compare:
+        return print(table({folder: evaluated(folder) for folder in c.compare}, c.paper))
+
+    c.do_sample = c.do_sample or c.num_samples > 1  # K greedy responses would be one
+    device, dtype = set_up(c.toy)
+    root = Path(c.data_root)
+
+    # The questions and the model.
+    splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in c.splits}
+    if c.longvideobench:
+        splits["LVB"] = load_longvideobench(Path(c.longvideobench))
+    source = find_model(c.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = load_model(source, device, dtype)
+    folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
+    settings = {key: getattr(c, key) for key in DECIDING}
+    settings["model_sha256"] = weights_hash(source)
+
+    answers = {}
+    for split, records in splits.items():
+        settings["data_sha256"] = questions_hash(records, c.seed)
+        path, done = open_split(folder, split, settings)
+        questions = {r["sample_id"]: ablated(r, c.ablate) for r in records[: c.limit or None]}
+        todo = [record for name, record in questions.items() if name not in done]
+        dataset = VideoDataset(todo, tokenizer, model.config, c, shuffle=False)
+
+        # Prediction: a batch a rank at a time; the last may be empty on some ranks.
+        mine = range(len(todo))[RANK * c.batch_size :]
+        starts = range(0, len(todo), WORLD * c.batch_size)
+        batches = [mine[start : start + c.batch_size] for start in starts]
+        loader = load_batches(dataset, batches, c.dataloader_num_workers)
+        for samples in tqdm(loader, desc=split, disable=RANK > 0):
+            if c.ablate == "shuffle_frames":
+                samples = [shuffle_frames(sample) for sample in samples]
+            rows = gather_rows([predict(model, tokenizer, samples, c)])
+            if RANK == 0:
+                write_rows(path, rows, "a")
+
+        # The rows that are there by now, with their questions.
+        answers[split] = [
+            questions[row["sample_id"]] | row
+            for row in read_rows(path)
+            if row["sample_id"] in questions
+        ]
+
+    # Tally and comparison.
+    if RANK == 0:
+        summary = {split: tally(rows, "domain", "category") for split, rows in answers.items()}
+        text = table({folder: answers}, c.paper)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        (folder / "summary.md").write_text(text + "\n")
+        print(text)
+        print(f"{folder}/ holds predictions_<split>.jsonl, summary.json and summary.md")
+        if c.save_cot:
+            save_cot(answers, root, c)
+    dist.destroy_process_group()
+
+
 # === shared: answer — identical in grpo_video.py, eval_video.py ===
 def extract_answer(text, letters="ABCD"):
     """The one letter that a response gives inside <answer> tags, or behind the thinking; or None.
@@ -561,7 +561,7 @@ def extract_answer(text, letters="ABCD"):
     It stands alone, bracketed, boxed or bold; or as `B. text`, `B) text`, `B: text`; or behind
     `answer is`, `Answer:`, `option`. `A knife` and `A or B` give none (trap 11)."""
     if "<answer>" in text:
-        parts = [part.partition("</answer>")[0] for part in text.split("<answer>")[1:]]
+        parts = re.findall(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", text, re.S)
         answers = {extract_answer(part, letters) for part in parts}
         return answers.pop() if len(answers) == 1 else None
 
@@ -586,11 +586,11 @@ def extract_answer(text, letters="ABCD"):
     return found[0] if len({*found}) == 1 else None
 
 
-def gather_rows(rows):
-    """Every rank's list of rows -> all of them, in rank order."""
+def gather_rows(lists):
+    """Every rank's lists of rows -> all rows, in rank order."""
     parts = [None] * WORLD
-    dist.all_gather_object(parts, rows)
-    return list(itertools.chain(*parts))
+    dist.all_gather_object(parts, list(chain(*lists)))
+    return list(chain(*parts))
 
 
 # === end shared: answer ===
@@ -598,7 +598,7 @@ def gather_rows(rows):
 
 # === shared: sampling — identical in grpo_video.py, eval_video.py ===
 @torch.no_grad()
-def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top_p=1.0):
+def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
     """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0].
 
     A row's random numbers come from its prompt's seed (an int) and its place in the group.
@@ -606,47 +606,42 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top
     B = len(prompts.ids)
     device = prompts.ids.device
     ends = torch.tensor(end_ids, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = [torch.rand(G, C, dtype=torch.float64, generator=each) for each in generators]
+    uniform = []
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        uniform.append(torch.rand(G, C, dtype=torch.float64, generator=rng))
     uniform = torch.cat(uniform).to(device)  # [B*G, C]
 
     # The prompts, once: their keys and values fill the cache.
     cache = KVCache(prompts, G, C)
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
 
-    # The state of decoding, [B*G] each. Their last tokens open the completions.
+    # The state of decoding, [B*G] each. The prompts' last tokens open the completions.
     token = prompts.last.repeat_interleave(G)
     position = prompts.last_position.repeat_interleave(G)
-    ended = torch.zeros(B * G, dtype=torch.bool, device=device)
-    rows = torch.arange(B * G, device=device)
+    ended = torch.zeros_like(token, dtype=torch.bool)
     out = torch.full((B * G, C), end_ids[0], device=device)
 
     def step():
         """A token of each row. All that it changes keeps its place in memory, as a graph needs."""
-        cache.mask.index_fill_(3, cache.column.add_(1) + cache.P, 0)
+        cache.mask.index_fill_(4, cache.column.add_(1) + cache.P, 0)
         positions = (position + cache.column).expand(3, -1)
         x = model.decoder(model.model.embed_tokens(token), positions, cache)
-        picked = pick(model.logits(x), uniform[rows, cache.column], temperature, top_k, top_p)
-        token.copy_(picked)
-        out[rows, cache.column] = torch.where(ended, ends[0], token)
+        drawn = uniform.index_select(1, cache.column)[:, 0]
+        token.copy_(pick(model.logits(x), drawn, temperature))
+        shown = torch.where(ended, ends[0], token)
+        out.index_copy_(1, cache.column, shown[:, None])
         ended.logical_or_(torch.isin(token, ends))
 
     run = step
     for _ in range(C):
         run()
-        going = ~ended.cpu()  # the host waits for the device here and nowhere else
-        if not going.any():
+        if ended.all():  # the host waits for the device here and nowhere else
             break
-
-        # Fewer rows cost what one does, as the weights are read anyhow: up to 32 none leaves.
-        stay = cache.compact(going) if len(going) > 32 else None
-        if stay is not None:
-            rows, token, position, ended = (z[stay] for z in (rows, token, position, ended))
-            run = step
-        elif token.is_cuda and run is step:
+        if token.is_cuda and run is step:
             # All kernels are loaded now: from here on a token is one recorded graph of them.
-            graph = torch.cuda.CUDAGraph()
             # Other threads may go on meanwhile, NCCL's for one.
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
             run = graph.replay
@@ -663,69 +658,45 @@ class KVCache:
         self.B, self.P = prompts.ids.shape
         self.G = G
         self.C = C
-        self.prefill = PackedAttention(prompts, G, 0)
+        self.prefill = packed_attention(prompts, G, 0)
         self.prompt = {}  # layer -> keys and values, [B, K, P, E] each
-        self.own = {}  # layer -> keys and values, [B*G, K, C, E] each
+        self.own = {}  # layer -> keys and values, [B, G, K, C, E] each
         self.column = prompts.lengths.new_full((1,), -1)  # of the token in hand
 
         # What is added to the scores: 0 where a row may look, else -inf. A step opens a column.
         columns = torch.arange(self.P + C, device=prompts.ids.device)
-        mask = torch.where(columns < prompts.lengths[:, None] - 1, 0.0, -math.inf)  # [B, P+C]
-        self.mask = mask.repeat_interleave(G, 0)[:, None, None]  # [B*G, 1, 1, P+C]
+        mask = torch.where(columns < prompts.lengths[:, None] - 1, 0.0, -math.inf)
+        self.mask = mask[:, None, None, None].repeat(1, G, 1, 1, 1)  # [B, G, 1, 1, P+C]
 
     def __call__(self, layer, q, k, v):
         """First the prompts' rows [B*P, heads, E], which fill the cache; then a token of each
         completion, [B*G, heads, E]."""
         if layer not in self.prompt:
-            both = [self.prefill.split(z)[0].contiguous() for z in (k.float(), v)]
-            shape = (self.B * self.G, k.shape[1], self.C, k.shape[2])
-            self.prompt[layer] = both
-            self.own[layer] = [z.new_zeros(shape) for z in both]
+            room = (self.B, self.G, k.shape[1], self.C, k.shape[2])
+            both = [z.unflatten(0, (self.B, self.P)).transpose(1, 2) for z in (k.float(), v)]
+            self.prompt[layer] = [z.contiguous() for z in both]
+            self.own[layer] = [z.new_zeros(room) for z in both]
             return self.prefill(layer, q, k, v)
 
         prompt_k, prompt_v = self.prompt[layer]
         own_k, own_v = self.own[layer]
-        own_k.index_copy_(2, self.column, k.float()[:, :, None])
-        own_v.index_copy_(2, self.column, v[:, :, None])
+        q, k, v = (z.unflatten(0, (self.B, self.G)) for z in (q.float(), k.float(), v))
+        own_k.index_copy_(3, self.column, k[:, :, :, None])
+        own_v.index_copy_(3, self.column, v[:, :, :, None])
 
-        # A group's rows meet their prompt side by side in one product: nothing is repeated G times.
-        q = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[2] ** -0.5  # [B*G, K, R, E], R = H/K
-        on_prompt = self.by_row(self.by_prompt(q) @ prompt_k.transpose(2, 3))  # [B*G, K, R, P]
-        on_own = q @ own_k.transpose(2, 3)  # [B*G, K, R, C]
+        # R = H / K query heads share a key head; a group shares its prompt.
+        q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5  # [B, G, K, R, E]
+        on_prompt = torch.einsum("bgkre,bkpe->bgkrp", q, prompt_k)
+        on_own = torch.einsum("bgkre,bgkce->bgkrc", q, own_k)
         weights = (torch.cat((on_prompt, on_own), dim=-1) + self.mask).softmax(-1).to(v.dtype)
 
         on_prompt, on_own = weights.split((self.P, self.C), dim=-1)
-        out = self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v
-        return out.flatten(1, 2)  # [B*G, H, E]
-
-    def compact(self, going):
-        """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts,
-        as many as the busiest has."""
-        going = going.view(self.B, self.G)
-        kept = going.any(1).nonzero()[:, 0]  # [b]
-        most = int(going.sum(1).max())
-        if 2 * len(kept) * most > going.numel():
-            return None
-
-        first = going[kept].long().argsort(descending=True, stable=True)[:, :most]  # [b, g]
-        rows = (kept[:, None] * self.G + first).flatten()  # [b*g]
-        self.prompt = {layer: [z[kept] for z in both] for layer, both in self.prompt.items()}
-        self.own = {layer: [z[rows] for z in both] for layer, both in self.own.items()}
-        self.mask = self.mask[rows]
-        self.B = len(kept)
-        self.G = most
-        return rows
-
-    def by_prompt(self, z):
-        """[B*G, K, R, X] -> [B, K, G*R, X]"""
-        return z.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
-
-    def by_row(self, z):
-        """[B, K, G*R, X] -> [B*G, K, R, X]"""
-        return z.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
+        out = torch.einsum("bgkrp,bkpe->bgkre", on_prompt, prompt_v)
+        out = out + torch.einsum("bgkrc,bgkce->bgkre", on_own, own_v)
+        return out.flatten(2, 3).flatten(0, 1)  # [B*G, H, E]
 
 
-def pick(logits, uniform, temperature, top_k, top_p):
+def pick(logits, uniform, temperature):
     """logits [N, V] fp32, uniform [N] float64 in [0, 1) -> ids [N]. Greedy at temperature 0.
 
     Otherwise the cumulative distribution is inverted at `uniform`, so that a row's tokens come from
@@ -734,13 +705,6 @@ def pick(logits, uniform, temperature, top_k, top_p):
         return logits.argmax(-1)
 
     probs = (logits / temperature).softmax(-1)
-    if top_k > 0:
-        probs = probs * (probs >= probs.topk(min(top_k, probs.shape[1])).values[:, -1:])
-    if top_p < 1:  # the smallest set of tokens that reaches top_p: those with less before them
-        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
-        kept = (ordered.cumsum(-1) - ordered < top_p).to(probs.dtype)
-        probs = probs * torch.empty_like(probs).scatter(1, order, kept)
-
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return place[:, 0].clamp(max=probs.shape[1] - 1)
@@ -757,6 +721,9 @@ def completion_mask(ids, end_ids):
 
 
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py ===
+PATCH, PAIR, MERGE = 14, 2, 2  # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches make a token
+
+
 class Qwen2VL(nn.Module):
     """Calling it scores completions; decoding uses its parts. Module names are the checkpoint's."""
 
@@ -766,12 +733,10 @@ class Qwen2VL(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.visual = VisionTower(config.vision_config)
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
-                layers=nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers)),
-                norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
-            )
+        self.model = modules(
+            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
+            layers=nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers)),
+            norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -781,14 +746,15 @@ class Qwen2VL(nn.Module):
         fp32, and, if given, a statistic(logits [N, V], log_z [N], targets [N]) -> [N], likewise."""
         states = self.completion_states(prompts, completions)
         targets = completions.flatten()
-        score = partial(self.score, temperature=temperature, statistic=statistic)
+        score = self.score
 
         # Logits at the completions' positions alone, 2^26 (256 MB) at a time; none of several
         # pieces is kept for the backward pass.
         rows = max(1, 2**26 // self.config.text_config.vocab_size)
         if len(targets) > rows and torch.is_grad_enabled():
-            score = partial(torch.utils.checkpoint.checkpoint, score, use_reentrant=False)
-        pieces = [score(x, y) for x, y in zip(states.split(rows), targets.split(rows))]
+            score = partial(checkpoint, score, use_reentrant=False)
+        parts = zip(states.split(rows), targets.split(rows))
+        pieces = [score(*part, temperature, statistic) for part in parts]
 
         # FSDP2's hooks want no view of what they return.
         scores = [torch.cat(piece).view(completions.shape).clone() for piece in zip(*pieces)]
@@ -827,10 +793,10 @@ class Qwen2VL(nn.Module):
         own_x = self.model.embed_tokens(inputs).flatten(0, 2)
         x = torch.cat((prompt_x, own_x))  # [B*P + B*G*C, D]
 
-        after = prompts.last_position[:, None, None] + torch.arange(C, device=inputs.device)
-        after = after.expand_as(inputs).reshape(1, -1).expand(3, -1)
+        after = prompts.last_position[:, None] + torch.arange(C, device=inputs.device)
+        after = after.repeat_interleave(G, 0).flatten().expand(3, -1)
         positions = torch.cat((prompts.positions.flatten(1), after), dim=1)
-        return self.decoder(x, positions, PackedAttention(prompts, G, C))
+        return self.decoder(x, positions, packed_attention(prompts, G, C))
 
     def embed_prompts(self, prompts):
         """-> [B*P, D]; vision features go only to the prompts' own placeholders (trap 12)."""
@@ -863,7 +829,7 @@ class Qwen2VL(nn.Module):
         """layer(*inputs), recomputed in the backward pass if gradient_checkpointing says so and
         there will be one."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
 
@@ -873,93 +839,87 @@ class DecoderLayer(nn.Module):
         D = c.hidden_size
         self.E = D // c.num_attention_heads
         KE = c.num_key_value_heads * self.E
+
         self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
-        self.self_attn = nn.ModuleDict(
-            dict(
-                q_proj=nn.Linear(D, D),
-                k_proj=nn.Linear(D, KE),
-                v_proj=nn.Linear(D, KE),
-                o_proj=nn.Linear(D, D, bias=False),
-            )
+        self.self_attn = modules(
+            q_proj=nn.Linear(D, D),
+            k_proj=nn.Linear(D, KE),
+            v_proj=nn.Linear(D, KE),
+            o_proj=nn.Linear(D, D, bias=False),
         )
-        self.mlp = nn.ModuleDict(
-            dict(
-                gate_proj=nn.Linear(D, c.intermediate_size, bias=False),
-                up_proj=nn.Linear(D, c.intermediate_size, bias=False),
-                down_proj=nn.Linear(c.intermediate_size, D, bias=False),
-            )
+        self.mlp = modules(
+            gate_proj=nn.Linear(D, c.intermediate_size, bias=False),
+            up_proj=nn.Linear(D, c.intermediate_size, bias=False),
+            down_proj=nn.Linear(c.intermediate_size, D, bias=False),
         )
 
     def forward(self, x, cos, sin, attend):
         """x [N, D]; attend(q [N, H, E], k [N, K, E], v [N, K, E]) -> [n, H, E] decides who sees
         whom; the last n rows go on."""
         h = self.input_layernorm(x)
-        q = rotate(self.self_attn.q_proj(h).unflatten(1, (-1, self.E)), cos, sin)
-        k = rotate(self.self_attn.k_proj(h).unflatten(1, (-1, self.E)), cos, sin)
-        v = self.self_attn.v_proj(h).unflatten(1, (-1, self.E))
-        out = attend(q, k, v).flatten(1)
-        x = x[len(x) - len(out) :] + self.self_attn.o_proj(out)
+        attn = self.self_attn
+        qkv = (attn.q_proj(h), attn.k_proj(h), attn.v_proj(h))
+        q, k, v = (z.unflatten(1, (-1, self.E)) for z in qkv)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1)
+        x = x[len(x) - len(out) :] + attn.o_proj(out)
 
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
 
 
-class PackedAttention:
-    """Rows [B*P | B*G*C]: a prompt is causal over itself; a completion sees its prompt and,
-    causally, itself.
+def packed_attention(prompts, G, C):
+    """-> attend(layer, q, k, v) of rows [B*P | B*G*C]: a prompt is causal over itself; a completion
+    sees its prompt and, causally, itself.
 
     Behind the last layer, -1, only the completions' rows are needed: there a prompt is keys and
     values alone."""
+    B, P = prompts.ids.shape
+    counts = [count for count, _ in prompts.runs]
+    rows = [count * G for count in counts]
+    runs = prompts.runs if C > 0 else []
 
-    def __init__(self, prompts, G, C):
-        self.B, self.P = prompts.ids.shape
-        self.G = G
-        self.C = C
-        self.runs = prompts.runs
+    def split(z):
+        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]"""
+        prompt, own = z.split((B * P, B * G * C))
+        prompt = prompt.unflatten(0, (B, P)).transpose(1, 2)
+        return prompt, own.unflatten(0, (B * G, C)).transpose(1, 2)
 
-    def __call__(self, layer, q, k, v):
-        q, q_own = self.split(q)
-        k, k_own = self.split(k)
-        v, v_own = self.split(v)
+    def attend(layer, q, k, v):
+        q, q_own = split(q)
+        k, k_own = split(k)
+        v, v_own = split(v)
         if layer == -1:
             out = [q[:, :, :0]]
         else:
             out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)]
 
         # Prompts of one length at a time: without padding no kernel needs a dense mask.
-        runs = self.runs if self.C > 0 else []
-        counts = [count for count, _ in self.runs]
-        rows = [count * self.G for count in counts]
-        prompts = zip(runs, k.split(counts), v.split(counts))
-        completions = zip(q_own.split(rows), k_own.split(rows), v_own.split(rows))
-        for ((_, P), k, v), (q_own, k_own, v_own) in zip(prompts, completions):
-            k = torch.cat((k[:, :, :P].repeat_interleave(self.G, 0), k_own), dim=2)
-            v = torch.cat((v[:, :, :P].repeat_interleave(self.G, 0), v_own), dim=2)
-            seen = causal_lower_right(self.C, P + self.C)
+        prompts = (k.split(counts), v.split(counts))
+        completions = (q_own.split(rows), k_own.split(rows), v_own.split(rows))
+        for (_, length), k, v, q, k_own, v_own in zip(runs, *prompts, *completions):
+            k = torch.cat((k[:, :, :length].repeat_interleave(G, 0), k_own), dim=2)
+            v = torch.cat((v[:, :, :length].repeat_interleave(G, 0), v_own), dim=2)
+            seen = causal_lower_right(C, length + C)
             out.append(
-                F.scaled_dot_product_attention(q_own, k, v, attn_mask=seen, enable_gqa=True)
+                F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             )  # [count*G, H, C, E]
         return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in out])
 
-    def split(self, z):
-        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]"""
-        prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
-        prompt = prompt.unflatten(0, (self.B, self.P)).transpose(1, 2)
-        return prompt, own.unflatten(0, (self.B * self.G, self.C)).transpose(1, 2)
+    return attend
 
 
 class VisionTower(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.c = c
-        patch = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        merged = c.embed_dim * c.spatial_merge_size**2
-        embed = nn.Conv3d(c.in_channels, c.embed_dim, patch, stride=patch, bias=False)
-        self.patch_embed = nn.ModuleDict(dict(proj=embed))
+        self.E = c.embed_dim // c.num_heads
+        patch = (PAIR, PATCH, PATCH)
+        merged = c.embed_dim * MERGE**2
+        embed = nn.Conv3d(3, c.embed_dim, patch, stride=patch, bias=False)
+        self.patch_embed = modules(proj=embed)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, c.hidden_size))
-        self.merger = nn.ModuleDict(dict(ln_q=nn.LayerNorm(c.embed_dim, eps=1e-6), mlp=mlp))
+        self.merger = modules(ln_q=nn.LayerNorm(c.embed_dim, eps=1e-6), mlp=mlp)
 
     def forward(self, patches, grids, run):
         """patches [N, 1176], N the sum of t*h*w over the grids -> features [N/4, D];
@@ -968,24 +928,21 @@ class VisionTower(nn.Module):
         cos, sin = self.rotary(grids, x.device)
 
         # Each temporal slice attends to itself alone; slices of one size go together.
-        sizes = [h * w for t, h, w in grids for _ in range(t)]
-        slices = [(len(list(same)), size) for size, same in itertools.groupby(sizes)]
+        slices = run_lengths(chain(*([h * w] * t for t, h, w in grids)))
         for block in self.blocks:
             x = run(block, x, cos, sin, slices)
-        x = self.merger.ln_q(x).view(len(x) // self.c.spatial_merge_size**2, -1)
-        return self.merger.mlp(x)
+        return self.merger.mlp(self.merger.ln_q(x).view(len(x) // MERGE**2, -1))
 
     def rotary(self, grids, device):
         """-> cos and sin [N, E], half of the frequencies for a patch's row, half for its column;
         patches come in 2x2 blocks."""
-        m = self.c.spatial_merge_size
+        m = MERGE
         places = []
         for t, h, w in grids:
-            place = torch.cartesian_prod(torch.arange(h), torch.arange(w))  # [h*w, 2]
-            place = place.view(h // m, m, w // m, m, 2).transpose(1, 2)
-            places.append(place.reshape(-1, 2).repeat(t, 1))  # [t*h*w, 2]
+            order = torch.arange(h * w).view(h // m, m, w // m, m).transpose(1, 2).flatten()
+            places.append(torch.stack((order // w, order % w), dim=1).repeat(t, 1))  # [t*h*w, 2]
 
-        half = self.c.embed_dim // self.c.num_heads // 2
+        half = self.E // 2
         inv_freq = 10000.0 ** (-torch.arange(0, half, 2) / half)
         angles = (torch.cat(places)[..., None] * inv_freq).flatten(1).repeat(1, 2)  # [N, E]
         return angles.cos().to(device), angles.sin().to(device)
@@ -999,8 +956,8 @@ class VisionBlock(nn.Module):
         self.heads = c.num_heads
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, hidden), fc2=nn.Linear(hidden, D)))
+        self.attn = modules(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D))
+        self.mlp = modules(fc1=nn.Linear(D, hidden), fc2=nn.Linear(hidden, D))
 
     def forward(self, x, cos, sin, slices):
         """x [N, D]; slices: (count, size) of runs of temporal slices."""
@@ -1012,13 +969,17 @@ class VisionBlock(nn.Module):
         out = []
         rows = [count * size for count, size in slices]
         for shape, *qkv in zip(slices, q.split(rows), k.split(rows), v.split(rows)):
-            q, k, v = (z.unflatten(0, shape).transpose(1, 2) for z in qkv)  # [count, H, size, E]
-            attended = F.scaled_dot_product_attention(q, k, v)
-            out.append(attended.transpose(1, 2).flatten(0, 1))
+            qkv = [z.unflatten(0, shape).transpose(1, 2) for z in qkv]  # [count, H, size, E]
+            out.append(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(0, 1))
         x = x + self.attn.proj(torch.cat(out).flatten(1))
 
         h = self.mlp.fc1(self.norm2(x))
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # quick_gelu
+
+
+def modules(**named):
+    """{name: module} -> one module with these attributes."""
+    return nn.ModuleDict(named)
 
 
 def rotate(x, cos, sin):
@@ -1032,25 +993,25 @@ def mrope_positions(ids, grids, config):
 
     A text token's t = h = w is the maximum before it plus 1, as the weights were trained
     (transformers leaves t out); a vision block starts there with its (t, h, w)."""
-    m = config.vision_config.spatial_merge_size
     placeholders = (config.image_token_id, config.video_token_id)
     grids = iter(grids)
     blocks = []
     start = 0
-    for vision, same in itertools.groupby(i in placeholders for i in ids):
-        left = len(list(same))
+    for left, vision in run_lengths(i in placeholders for i in ids):
         while left > 0:  # two videos may follow each other without a token between them
+            block = torch.arange(left).expand(3, -1)
             if vision:
                 t, h, w = next(grids)
-                block = torch.cartesian_prod(
-                    torch.arange(t), torch.arange(h // m), torch.arange(w // m)
-                ).T
-            else:
-                block = torch.arange(left).expand(3, -1)
+                block = torch.cartesian_prod(*map(torch.arange, (t, h // MERGE, w // MERGE))).T
             blocks.append(start + block)
             start = int(blocks[-1].max()) + 1
             left -= block.shape[1]
     return torch.cat(blocks, dim=1)
+
+
+def run_lengths(values):
+    """-> [(count, value)] of equal neighbours."""
+    return [(len(list(same)), value) for value, same in groupby(values)]
 
 
 class Prompts(types.SimpleNamespace):
@@ -1064,73 +1025,61 @@ class Prompts(types.SimpleNamespace):
     def collate(cls, samples, device, dtype):
         """Samples with ids [P+1] (the last is a word's), positions [3, P+1], patches [N, 1176]
         uint8 and grids -> one batch."""
-        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        ids = pad([s["ids"][:-1] for s in samples])
-        positions = pad([s["positions"].T[:-1] for s in samples]).permute(2, 0, 1)
-        lengths = [len(s["ids"]) for s in samples]
-        runs = [(len(list(same)), P) for P, same in itertools.groupby(n - 1 for n in lengths)]
+        tokens = [torch.cat((s["ids"][None], s["positions"])).T for s in samples]  # id, t, h, w
+        padded = nn.utils.rnn.pad_sequence([z[:-1] for z in tokens], batch_first=True)
+        ids, *positions = padded.to(device).unbind(-1)  # [B, P] each
+        last, last_position = torch.stack([z[-1, :2] for z in tokens]).to(device).T
 
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device)
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device)
+        mean = torch.tensor([[0.48145466], [0.4578275], [0.40821073]], device=device)
+        std = torch.tensor([[0.26862954], [0.26130258], [0.27577711]], device=device)
         patches = torch.cat([s["patches"] for s in samples]).to(device)
         patches = patches.unflatten(1, (3, -1)) / 255  # [N, channel, 2 frames * 14 * 14]
-        patches = ((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype)
+        patches = ((patches - mean) / std).flatten(1).to(dtype)
 
         return cls(
-            ids=ids.to(device),
-            positions=positions.to(device),
-            last=torch.stack([s["ids"][-1] for s in samples]).to(device),
-            last_position=torch.stack([s["positions"].max() for s in samples]).to(device),
-            lengths=torch.tensor(lengths, device=device),
-            runs=runs,
+            ids=ids,
+            positions=torch.stack(positions),
+            last=last,
+            last_position=last_position,
+            lengths=torch.tensor([len(z) for z in tokens], device=device),
+            runs=run_lengths(len(z) - 1 for z in tokens),
             patches=patches,
-            grids=list(itertools.chain(*(s["grids"] for s in samples))),
+            grids=list(chain(*(s["grids"] for s in samples))),
         )
 
 
 def load_model(folder, device, dtype, wrap=lambda model: model):
-    """A folder of the hub's shape, one file or shards with an index -> Qwen2VL. A missing, extra or
-    misshapen tensor ends the program, by name.
+    """A folder of the hub's shape, one file or shards -> Qwen2VL. A missing, extra or misshapen
+    tensor ends the program, by name.
 
-    `wrap` may shard the empty model; each rank then keeps its part of every tensor it reads."""
+    `wrap` may shard the empty model; each rank then reads its own slices of every tensor."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
-        index = folder / "model.safetensors.index.json"
-        files = {"model.safetensors"}
-        if index.exists():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        opened = [safe_open(folder / file, "pt") for file in sorted(files)]
-        where = {name: f for f in opened for name in f.keys()}
+        found = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         fail(f"--model {folder}: no readable checkpoint: {str(error).splitlines()[0]}")
     if config.model_type != "qwen2_vl":
         fail(
-            f"--model {folder}: its config.json says model_type {config.model_type!r}, "
-            "must be 'qwen2_vl'"
+            f"--model {folder}: model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
         )
+    if not found:
+        fail(f"--model {folder}: holds no model.safetensors, nor shards of it")
+
     with torch.device("meta"):
-        model = wrap(Qwen2VL(config))
+        model = wrap(Qwen2VL(config).to(dtype))
+    model.to_empty(device=device)
+    state = model.state_dict()
 
-    found = {name: list(f.get_slice(name).get_shape()) for name, f in where.items()}
-    wanted = model.state_dict()
-    shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
-    if found != shapes:
-        names = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
-        fail(
-            *(
-                f"--model {folder}: tensor {name} is {found.get(name, 'missing')}, "
-                f"must be {shapes.get(name, 'absent')}"
-                for name in names
-            )
-        )
-
-    for name, empty in wanted.items():
-        wanted[name] = where[name].get_tensor(name).to(device, dtype)
-        if isinstance(empty, DTensor):  # its mesh may be on another device than where it stays
-            wanted[name] = distribute_tensor(
-                wanted[name], empty.device_mesh, empty.placements, src_data_rank=None
-            ).to(device)
-    model.load_state_dict(wanted, assign=True)
+    problems = []
+    for name in sorted({*found, *state}):
+        shape = list(found[name].size) if name in found else "missing"
+        wanted = list(state[name].shape) if name in state else "absent"
+        if shape != wanted:
+            problems.append(f"--model {folder}: tensor {name} is {shape}, must be {wanted}")
+    if problems:
+        fail(*problems)
+    dcp.load(state, storage_reader=reader)
     return model
 
 
@@ -1164,23 +1113,18 @@ def load_records(path, root, parse=None, fail=fail):
         try:
             raw = json.loads(line.decode())
             name = raw.get("sample_id") if isinstance(raw, dict) else None
-            if not isinstance(name, (int, str)):
-                raise ValueError("must be an object with a sample_id, an integer or a string")
-            if re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode()):
-                raise ValueError(
-                    "holds a special token such as <|video_pad|>, which only the chat template "
-                    "may write"
-                )
-            if lines.setdefault(str(name), number) != number:
-                raise ValueError(f"its sample_id is line {lines[str(name)]}'s already")
+            whole = isinstance(name, (int, str))
+            must(whole, "must be an object with a sample_id, an integer or a string")
+            special = re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode())
+            must(not special, "holds a special token, which only the chat template may write")
+            first = lines.setdefault(str(name), number)
+            must(first == number, f"its sample_id is line {first}'s already")
             records.append((parse or parse_record)(raw, root))
         except (ValueError, OSError, RecursionError) as error:  # bad UTF-8, bad JSON among them
             problems.append(f"{path}:{number}: sample_id {name!s:.60}: {error}")
 
-    if not records and not problems:
-        problems.append(f"{path}: holds no records")
-    if problems:
-        fail(*problems)
+    if problems or not records:
+        fail(*problems or [f"{path}: holds no records"])
     return records
 
 
@@ -1195,79 +1139,64 @@ def parse_record(raw, root):
     if gold is not None:
         choices = [text_field(raw, f"choice_{letter}") for letter in "abcd"]
         record |= dict(choices=choices, gold=gold)
-        if gold not in ("A", "B", "C", "D"):
-            raise ValueError(f"golden_choice_idx {gold!r:.60} must be A, B, C or D")
+        must(gold in list("ABCD"), f"golden_choice_idx {gold!r:.60} must be A, B, C or D")
     else:
         answer = text_field(raw, "answer")
         given = raw.get("negative_answers")
-        if not isinstance(given, list):
-            given = []
-        if not all(isinstance(n, str) and n.strip() for n in given):
-            given = []
-        negatives = [n for n in dict.fromkeys(given) if n != answer]
+        negatives = []
+        if isinstance(given, list) and all(isinstance(n, str) and n.strip() for n in given):
+            negatives = [n for n in dict.fromkeys(given) if n != answer]
         record |= dict(answer=answer, negatives=negatives)
-        if len(negatives) < 3:
-            raise ValueError(
-                "without golden_choice_idx, negative_answers must be at least 3 different strings "
-                "beside the answer"
-            )
+        must(
+            len(negatives) >= 3,
+            "without golden_choice_idx, negative_answers must be at least 3 different strings "
+            "beside the answer",
+        )
 
     source = text_field(raw, "video_source")
     progress = raw.get("task_progress_metadata")
-    if not isinstance(progress, list):
-        raise ValueError(
-            "field 'task_progress_metadata' must be a list (an empty one means: no video)"
-        )
-    media = []
+    must(
+        isinstance(progress, list),
+        "field 'task_progress_metadata' must be a list (an empty one means: no video)",
+    )
+    media = [("image", f"images/{source}/{text_field(raw, 'current_observation_basename')}")]
     if progress:
-        video = f"videos/{source}/{text_field(raw, 'video_basename')}"
-        media.append(("video", inside(root, video)))
-    image = f"images/{source}/{text_field(raw, 'current_observation_basename')}"
-    media.append(("image", inside(root, image)))
-    return record | dict(media=media)
+        media.insert(0, ("video", f"videos/{source}/{text_field(raw, 'video_basename')}"))
+    return record | dict(media=[(kind, inside(root, path)) for kind, path in media])
 
 
 def text_field(raw, key):
-    if not isinstance(raw.get(key), str) or not raw[key].strip():
-        raise ValueError(f"field {key!r} must be a non-empty string, is {raw.get(key)!r:.60}")
-    return raw[key]
+    value = raw.get(key)
+    filled = isinstance(value, str) and value.strip()
+    must(filled, f"field {key!r} must be a non-empty string, is {value!r:.60}")
+    return value
+
+
+def must(holds, message):
+    if not holds:
+        raise ValueError(message)
 
 
 def inside(root, path):
     """A path relative to the data root -> Path; ValueError if it leaves the root or is no regular
     file."""
     full = (root / path).resolve()
-    root = root.resolve()
-    if not full.is_relative_to(root):
-        raise ValueError(f"{path!r} leaves the data root {root}")
-    if not full.is_file():
-        raise ValueError(f"{path!r} is no file in the data root {root}")
+    must(full.is_relative_to(root.resolve()), f"{path!r} leaves the data root {root}")
+    must(full.is_file(), f"{path!r} is no file in the data root {root}")
     return full
 
 
 def load_batches(dataset, batches, workers):
-    """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave
-    SIGTERM and Ctrl-C to the loop."""
-    atexit.register(end_workers)
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=list,
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
-    )
-
-
-def end_workers():
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def ignore_signals(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Lists of positions -> lists of samples, whose media `workers` processes decode ahead."""
+    ahead = collections.deque()
+    for batch in batches:
+        ahead.append([dataset.begin(position) for position in batch])
+        if len(ahead) > 2 * workers:
+            yield [finish() for finish in ahead.popleft()]
+    while ahead:
+        yield [finish() for finish in ahead.popleft()]
+    dataset.pool.stop()
+    dataset.pool.join()
 
 
 class VideoDataset:
@@ -1281,31 +1210,43 @@ class VideoDataset:
         self.records = records
         self.tokenizer = tokenizer
         self.config = config
-        self.vision = config.vision_config
         self.c = c
         self.shuffle = shuffle
-        unit = self.vision.patch_size * self.vision.spatial_merge_size
+        unit = PATCH * MERGE
         self.size = max(1, round(c.frame_size / unit)) * unit  # 252 for 256: a multiple of 28
-        self.decoder = Decoder(self.decode, c.decode_timeout)
+        self.pool = decoding_pool(c.dataloader_num_workers)
 
     def __getitem__(self, position):
+        return self.begin(position)()
+
+    def begin(self, position):
+        """Sends a sample's media to be decoded -> a function that waits for them and returns it."""
         epoch, place = divmod(position, len(self.records))
         if self.shuffle:
-            rng = random.Random(repr((self.c.seed, epoch)))
-            place = rng.sample(range(len(self.records)), len(self.records))[place]
+            place = permutation(len(self.records), self.c.seed, epoch)[place]
         record = self.records[place]
-        choices, gold = choose(record, self.c.seed, epoch)
-        sample = {key: record.get(key) for key in ("sample_id", "domain", "response")}
-        sample |= dict(choices=choices, gold=gold)
+        args = (record["media"], self.size, self.c.fps, self.c.max_frames)
+        decoding = self.pool.schedule(decode, args, timeout=self.c.decode_timeout)
+        return partial(self.finish, record, epoch, decoding)
 
-        media, problem = self.decoder(record)
+    def finish(self, record, epoch, decoding):
+        """-> the sample: the record with its choices and gold letter of this epoch, and text, ids,
+        positions, patches, grids; or error."""
+        choices, gold = choose(record, self.c.seed, epoch)
+        sample = record | dict(choices=choices, gold=gold)
+
+        try:
+            media, problem = decoding.result()
+        except TimeoutError:
+            problem = f"decoding took over {self.c.decode_timeout} s"
+        except ProcessExpired as error:
+            problem = f"decoder died with exit code {error.exitcode}"
         if problem:
             paths = ", ".join(str(path) for _, path in record["media"])
             return sample | dict(error=f"{paths}: {problem}")
 
         grids = [grid for _, grid in media]
-        width = 3 * self.vision.temporal_patch_size * self.vision.patch_size**2
-        none = np.empty((0, width), np.uint8)
+        none = np.empty((0, 3 * PAIR * PATCH**2), np.uint8)
         patches = np.concatenate([none, *(patches for patches, _ in media)])
         text, ids = self.encode(record, choices, grids)
         return sample | dict(
@@ -1316,50 +1257,46 @@ class VideoDataset:
             grids=grids,
         )
 
-    def decode(self, record):
-        """The child's work: the record's media -> [(patches, grid)]."""
-        media = []
-        for kind, path in record["media"]:
-            frames = read_media(kind, path, self.size, self.c.fps, self.c.max_frames)
-            patches, grid = to_patches(frames, self.vision)
-            media.append((patches.numpy(), grid))
-        return media
-
     def encode(self, record, choices, grids):
         """-> (prompt text, ids with as many placeholders as each grid has merged patches)."""
         messages = record.get("messages") or build_messages(record, choices)
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        merged = [t * h * w // self.vision.spatial_merge_size**2 for t, h, w in grids]
-        counts = iter(merged)
+
+        grids = iter(grids)
         ids = []
         for token in self.tokenizer(text, add_special_tokens=False).input_ids:
-            placeholder = token in (self.config.image_token_id, self.config.video_token_id)
-            ids += [token] * (next(counts) if placeholder else 1)
+            count = 1
+            if token in (self.config.image_token_id, self.config.video_token_id):
+                count = math.prod(next(grids)) // MERGE**2
+            ids += [token] * count
         return text, ids
 
     def check_lengths(self, limit):
         """A prompt (with its response) over `limit` tokens, its video at max_frames, ends the
         program: never cut (trap 5)."""
-        side = self.size // self.vision.patch_size
-        times = dict(video=self.c.max_frames // 2, image=1)
+        side = self.size // PATCH
+        t = dict(video=self.c.max_frames // PAIR, image=1)
         problems = []
         for record in self.records:
-            choices = record.get("choices")
-            if not choices:  # the longest that can be drawn; a chat row has none
-                negatives = sorted(record.get("negatives", []), key=len)
-                choices = [record.get("answer"), *negatives[-3:]]
-            grids = [(times[kind], side, side) for kind, _ in record["media"]]
+            negatives = sorted(record.get("negatives", []), key=len)
+            drawn = [record.get("answer"), *negatives[-3:]]  # the longest that can be
+            grids = [(t[kind], side, side) for kind, _ in record["media"]]
+            _, ids = self.encode(record, record.get("choices") or drawn, grids)
             response = self.tokenizer(record.get("response", ""), add_special_tokens=False)
-            length = len(self.encode(record, choices, grids)[1]) + len(response.input_ids)
+            length = len(ids) + len(response.input_ids)
             if length > limit:
-                name = record["sample_id"]
-                problems.append(
-                    f"sample_id {name}: up to {length} tokens, over the limit of {limit}"
-                )
+                name = f"sample_id {record['sample_id']}"
+                problems.append(f"{name}: up to {length} tokens, over the limit of {limit}")
+
         if problems:
             fail(*problems)
+
+
+@cache
+def permutation(count, seed, epoch):
+    return random.Random(repr((seed, epoch))).sample(range(count), count)
 
 
 def choose(record, seed, epoch):
@@ -1383,47 +1320,30 @@ def build_messages(record, choices):
     return [dict(role="user", content=content)]
 
 
-class Decoder:
-    """decode(*inputs) in a child process, because decord can hang for ever holding the GIL (trap
-    14), or crash. A child serves many samples; a timer ends one that takes too long over a sample,
-    and the next sample gets a new child."""
+def decoding_pool(workers):
+    """Processes that decode a sample at a time, each within a time limit: a decoder can crash, or
+    hang for ever holding the GIL (trap 14). A new process takes the place of one that is ended."""
+    CONSTS.term_timeout = 0  # who hangs would not hear a request to leave
+    fork = multiprocessing.get_context("fork")
+    return ProcessPool(max(1, workers), initializer=start_decoding, context=fork)
 
-    def __init__(self, decode, seconds):
-        self.decode, self.seconds, self.parent = decode, seconds, None
 
-    def __call__(self, *inputs):
-        """-> (result, None), or (None, what went wrong)."""
-        if self.parent != os.getpid():  # a fork of the parent has no child yet
-            (self.pipe, theirs), self.parent = multiprocessing.Pipe(), os.getpid()
-            self.child = os.fork()
-            if self.child == 0:
-                self.pipe.close()
-                try:
-                    self.serve(theirs)
-                finally:
-                    os._exit(0)  # the parent has left
-            theirs.close()
-        try:
-            self.pipe.send(inputs)
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            end = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
-            self.parent = None
-            timeout = f"decoding took over {self.seconds} s"
-            return None, {-signal.SIGALRM: timeout}.get(end, f"decoder died with exit code {end}")
+def start_decoding():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is for the loop, which ends its step first
+    torch.set_num_threads(1)  # the parent's thread pool was not forked
 
-    def serve(self, pipe):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends it, whoever holds the GIL
-        torch.set_num_threads(1)  # the parent's thread pool was not forked
-        while True:
-            inputs = pipe.recv()
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            try:
-                result = self.decode(*inputs), None
-            except Exception as error:  # whatever a decoder raises is this sample's failure
-                result = None, f"{type(error).__name__}: {error}".splitlines()[0]
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(result)
+
+def decode(media, size, fps, max_frames):
+    """A record's [(kind, path)] -> ([(patches, grid)], None), or (None, what went wrong)."""
+    found = []
+    try:
+        for kind, path in media:
+            frames = read_media(kind, path, size, fps, max_frames)
+            patches, grid = to_patches(frames)
+            found.append((patches.numpy(), grid))
+    except Exception as error:  # whatever a decoder raises is this sample's failure
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    return found, None
 
 
 def read_media(kind, path, size, fps, max_frames):
@@ -1439,10 +1359,9 @@ def read_media(kind, path, size, fps, max_frames):
     reader = decord.VideoReader(str(path), num_threads=1)
     indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-    resized = []
-    for frame in frames.split(1):  # one by one: less memory
-        frame = F.interpolate(frame.float(), size=(size, size), mode="bicubic", antialias=True)
-        resized.append(frame.round().clamp(0, 255).byte())
+    resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
+    # One by one: less memory.
+    resized = [resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)]
     return torch.cat(resized).permute(0, 2, 3, 1)
 
 
@@ -1453,17 +1372,15 @@ def frame_indices(total, video_fps, fps, max_frames):
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
-def to_patches(frames, vision):
+def to_patches(frames):
     """uint8 frames [T, height, width, 3] -> (patches [t*h*w, 1176] uint8, grid (t, h, w)); rows are
     ordered (t, h/2, w/2, 2, 2), columns (channel, 2 frames, 14, 14)."""
-    tp = vision.temporal_patch_size
-    p = vision.patch_size
-    m = vision.spatial_merge_size
-    t = frames.shape[0] // tp
-    h = frames.shape[1] // p
-    w = frames.shape[2] // p
-    x = frames.reshape(t, tp, h // m, m, p, w // m, m, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return x.reshape(t * h * w, 3 * tp * p * p), (t, h, w)
+    t = len(frames) // PAIR
+    h = frames.shape[1] // PATCH
+    w = frames.shape[2] // PATCH
+    blocks = (t, PAIR, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    patches = frames.reshape(blocks).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return patches.reshape(t * h * w, 3 * PAIR * PATCH**2), (t, h, w)
 
 
 # === end shared: video_prompt ===
@@ -1473,10 +1390,15 @@ def to_patches(frames, vision):
 def parse_config(config_class, toy_presets, argv=None):
     """argv -> config_class; --toy makes its presets the defaults. An unknown flag or an impossible
     value ends the program."""
+    source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .+  # (.+)$", source, re.M))
+    for f in fields(config_class):
+        f.metadata = dict(help=comments[f.name])
+
     parser = HfArgumentParser(
         config_class,
         allow_abbrev=False,
-        description=sys.modules[config_class.__module__].__doc__,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = fail
@@ -1486,14 +1408,12 @@ def parse_config(config_class, toy_presets, argv=None):
 
     problems = []
     holds = {"above": operator.gt, "at least": operator.ge, "at most": operator.le}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        limits = re.findall(r"(above|at least|at most) (-?\d+(?:\.\d+)?)", f.metadata["help"])
-        for word, limit in limits:
-            if value is None:
-                continue
-            if not holds[word](value, float(limit)) or not value < math.inf:
-                problems.append(f"--{f.name} {value}: must be a number {word} {limit}")
+    for name, comment in comments.items():
+        value = getattr(config, name)
+        limits = re.findall(r"(above|at least|at most) (-?\d+)", comment)
+        for word, limit in limits if value is not None else []:
+            if not (holds[word](value, int(limit)) and value < math.inf):
+                problems.append(f"--{name} {value}: must be a number {word} {limit}")
     if problems:
         fail(*problems)
     return config
@@ -1505,17 +1425,14 @@ def set_up(toy):
     device = torch.device("cpu")
     dtype = torch.float32
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", LOCAL_RANK)
         dtype = torch.bfloat16
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every length
 
-    if WORLD == 1:
-        store = dist.HashStore()
-    else:
-        store = next(dist.rendezvous("env://"))[0]
+    store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]
     # After a restart torchrun's store still holds the dead ranks' addresses: each try has its own.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(str(RESTARTS), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=store)
 
@@ -1523,7 +1440,7 @@ def set_up(toy):
         torch.set_num_threads(1)  # its matrices are too small to share
         maker = HERE / "toy/make_toy.py"
         if RANK == 0 and not (HERE / "toy/model").exists():
-            if subprocess.call([sys.executable, maker]) != 0:
+            if subprocess.call([sys.executable, maker]):
                 fail(
                     f"--toy: {maker}, which stands beside this script in its repository, "
                     "did not build the toy"
@@ -1543,16 +1460,16 @@ def find_model(name):
     try:
         if not Path(name).is_dir():
             name = snapshot_download(name, ignore_patterns=["*.bin"])
-    except (OSError, errors.HFValidationError) as error:
+    except (OSError, ValueError) as error:
         fail(
             f"--model {name}: no such folder, and the hub gave nothing "
             f"({str(error).splitlines()[0]}); `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir "
             "DIR` fetches the paper's model; `grpo_video.py --toy` needs no download"
         )
-    wanted = ("config.json", "tokenizer_config.json")
-    absent = [file for file in wanted if not Path(name, file).is_file()]
-    if absent:
-        fail(f"--model {name}: holds no {' and no '.join(absent)}, as a Qwen2-VL checkpoint does")
+
+    for file in ("config.json", "tokenizer_config.json"):
+        if not Path(name, file).is_file():
+            fail(f"--model {name}: holds no {file}, as a Qwen2-VL checkpoint does")
     return Path(name)
 
 

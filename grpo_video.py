@@ -27,11 +27,9 @@ checkpoints, start-up. A "trap" is a fault of other implementations that docs/de
 """
 
 import argparse
-import atexit
+import collections
 import hashlib
-import importlib.metadata
-import importlib.util
-import itertools
+import inspect
 import json
 import math
 import multiprocessing
@@ -46,8 +44,10 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from importlib.metadata import version
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -58,9 +58,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import errors, save_torch_state_dict, snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from pebble import CONSTS, ProcessExpired, ProcessPool
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -68,26 +69,29 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 # ------------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------------
 
+
 # === shared: settings — identical in grpo_video.py, sft_video.py, eval_video.py ===
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+def from_torchrun(name, default=0):
+    """torchrun tells each process its place by environment variables."""
+    return int(os.environ.get(name, default))
+
+
+RANK = from_torchrun("RANK")
+WORLD = from_torchrun("WORLD_SIZE", 1)
+LOCAL_RANK = from_torchrun("LOCAL_RANK")
+LOCAL_WORLD = from_torchrun("LOCAL_WORLD_SIZE", WORLD)
+RESTARTS = from_torchrun("TORCHELASTIC_RESTART_COUNT")
 HERE = Path(__file__).resolve().parent
-
-
-def flag(default, help):
-    """A field of Config. Its help may limit a number: "at least 2", "above 0", "at most 1"."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: default, metadata=dict(help=help))
-    return field(default=default, metadata=dict(help=help))
 
 
 def fail(*problems):
@@ -96,7 +100,7 @@ def fail(*problems):
     if len(problems) > 20:
         lines.append(f"{len(problems)} problems in all; these were the first 20")
 
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if LOCAL_RANK == 0:
         for line in lines:
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
@@ -107,105 +111,63 @@ def fail(*problems):
 
 @dataclass
 class Config:
-    """All settings; each is a flag. Names are TRL's GRPOConfig's where it has one; defaults are the
-    released run's."""
+    """All settings. Each is a flag, its comment the flag's help; the limits that it names hold.
+
+    Names are TRL's GRPOConfig's where it has one; defaults are the released run's."""
 
     # The model and the data
-    model: str = flag(
-        "Qwen/Qwen2-VL-7B-Instruct", "Qwen2-VL checkpoint: a folder, or a hub id that is fetched"
-    )
-    data_root: str = flag("data/SEED-Bench-R1", "folder with annotations/, videos/ and images/")
-    annotations: str = flag(
-        "", "training annotations; default: DATA_ROOT/annotations/training_6k.jsonl"
-    )
-    toy: bool = flag(
-        False,
-        "train the tiny model in toy/ on its tiny videos, building them if they are not there",
-    )
-    validate: bool = flag(
-        False, "check every record, video and image of the data root, print a report and stop"
-    )
-    max_frames: int = flag(16, "frames of a video at most, at least 2")
-    fps: float = flag(2.0, "frames per second of video; 4 to max_frames in all, above 0")
-    frame_size: int = flag(
-        256, "height and width of a frame, rounded to a multiple of 28, at least 1"
-    )
-    max_prompt_length: int = flag(
-        16384, "a prompt with more tokens is an error before training, never cut, at least 1"
-    )
+    model: str = "Qwen/Qwen2-VL-7B-Instruct"  # Qwen2-VL checkpoint: a folder, or a hub id to fetch
+    data_root: str = "data/SEED-Bench-R1"  # folder with annotations/, videos/ and images/
+    annotations: str = ""  # training rows; default: DATA_ROOT/annotations/training_6k.jsonl
+    toy: bool = False  # train the tiny model in toy/ on its tiny videos, building them if missing
+    max_frames: int = 16  # frames of a video at most, at least 2
+    fps: float = 2.0  # frames per second of video; 4 to max_frames in all, above 0
+    frame_size: int = 256  # height and width of a frame, rounded to a multiple of 28, at least 1
+    max_prompt_length: int = 16384  # tokens; a longer one is an error, never cut, at least 1
 
     # Rollout and reward
-    num_generations: int = flag(8, "G: completions of each prompt, at least 2")
-    max_completion_length: int = flag(256, "tokens of a completion at most, at least 1")
-    temperature: float = flag(
-        1.0, "softmax temperature of the rollouts and of the log-probs, above 0"
-    )
-    format_reward_weight: float = flag(
-        0.0, "reward for the <think></think><answer></answer> form, at least 0"
-    )
-    scale_rewards: bool = flag(True, "divide the advantages by their group's standard deviation")
+    num_generations: int = 8  # G: completions of each prompt, at least 2
+    max_completion_length: int = 256  # tokens of a completion at most, at least 1
+    temperature: float = 1.0  # softmax temperature of the rollouts and of the log-probs, above 0
+    format_reward_weight: float = 0.0  # of the form <think>…</think><answer>…</answer>, at least 0
+    scale_rewards: bool = True  # divide the advantages by their group's standard deviation
 
     # The loss
-    beta: float = flag(0.1, "weight of the KL penalty; 0 needs no reference model, at least 0")
-    kl_clamp: float = flag(
-        0.0, "bound on the KL's exponent; the released run had 11, 0 is none, at least 0"
-    )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
-        "grpo", "what the loss averages over; see token_weights"
-    )
-    epsilon: float = flag(0.2, "lower clip of the ratio, above 0")
-    epsilon_high: float | None = flag(None, "upper clip of the ratio; default: epsilon, above 0")
-    num_iterations: int = flag(1, "optimizer steps on each batch of rollouts, at least 1")
+    beta: float = 0.1  # weight of the KL penalty; 0 needs no reference model, at least 0
+    kl_clamp: float = 0.0  # bound on the KL's exponent; released run: 11, 0: none, at least 0
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # what it averages over: token_weights
+    epsilon: float = 0.2  # lower clip of the ratio, above 0
+    epsilon_high: float | None = None  # upper clip of the ratio; default: epsilon, above 0
+    num_iterations: int = 1  # optimizer steps on each batch of rollouts, at least 1
 
     # The optimizer
-    learning_rate: float = flag(1e-6, "peak learning rate, above 0")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = flag(
-        "linear", "decay after the warm-up"
-    )
-    warmup_ratio: float = flag(0.0, "share of the steps that warm up, at least 0, at most 1")
-    weight_decay: float = flag(0.0, "AdamW's, at least 0")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm, above 0")
-    freeze_vision: bool = flag(False, "do not train the vision tower")
+    learning_rate: float = 1e-6  # peak learning rate, above 0
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # decay after the warm-up
+    warmup_ratio: float = 0.0  # share of the steps that warm up, at least 0, at most 1
+    weight_decay: float = 0.0  # AdamW's, at least 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, above 0
+    freeze_vision: bool = False  # do not train the vision tower
 
     # The run
-    num_train_epochs: int = flag(1, "passes over the annotations, at least 1")
-    max_steps: int = flag(-1, "steps in all; -1: as num_train_epochs says, at least -1")
-    per_device_train_batch_size: int = flag(
-        1, "prompts per device and micro-batch (TRL counts completions), at least 1"
-    )
-    gradient_accumulation_steps: int = flag(1, "micro-batches of a step, at least 1")
-    gradient_checkpointing: bool = flag(
-        True, "recompute each layer in the backward pass; rollouts never do"
-    )
-    offload_optimizer: bool = flag(
-        False, "on a GPU: fp32 weights, gradients and moments in host memory, where AdamW steps"
-    )
-    seed: int = flag(42, "of the data order, the drawn choices and the rollouts, at least 0")
-    dataloader_num_workers: int = flag(2, "processes that decode ahead; 0: none, at least 0")
-    decode_timeout: float = flag(60.0, "seconds after which decoding a sample is given up, above 0")
-    max_bad_samples: int = flag(
-        -1, "unreadable samples that end the run when exceeded; -1: 1 % of the run's, at least -1"
-    )
+    num_train_epochs: int = 1  # passes over the annotations, at least 1
+    max_steps: int = -1  # steps in all; -1: as num_train_epochs says, at least -1
+    per_device_train_batch_size: int = 1  # prompts (TRL counts completions), at least 1
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, at least 1
+    gradient_checkpointing: bool = True  # recompute layers in the backward pass; rollouts never do
+    offload_optimizer: bool = False  # on a GPU: master weights and AdamW in host memory
+    seed: int = 42  # of the data order, the drawn choices and the rollouts, at least 0
+    dataloader_num_workers: int = 2  # processes that decode ahead; 0: none, at least 0
+    decode_timeout: float = 60.0  # seconds after which decoding a sample is given up, above 0
+    max_bad_samples: int = -1  # more unreadable ones end the run; -1: a hundredth, at least -1
 
     # What it writes
-    output_dir: str = flag(
-        "runs/grpo", "where config.json, the logs, the checkpoints and the final model go"
-    )
-    overwrite_output_dir: bool = flag(False, "start anew in an output_dir that holds a run already")
-    resume_from_checkpoint: str = flag(
-        "", "a checkpoint folder to go on from, or 'auto': the output_dir's last one, if any"
-    )
-    save_steps: int = flag(100, "steps between checkpoints, at least 1")
-    save_total_limit: int = flag(2, "newest checkpoints kept; 0: all, at least 0")
-    logging_steps: int = flag(
-        10, "a line on stdout every so many steps (metrics.jsonl has every step), at least 1"
-    )
-    audit: int = flag(
-        0, "steps of which audit.jsonl gets every quantity of the update by token, at least 0"
-    )
-    wandb: str = flag(
-        "", "project of wandb to send metrics.jsonl's rows to; the package is needed only then"
-    )
+    output_dir: str = "runs/grpo"  # for config.json, the logs, the checkpoints, the final model
+    overwrite_output_dir: bool = False  # start anew in an output_dir that holds a run already
+    resume_from_checkpoint: str = ""  # a checkpoint folder, or 'auto': the last one of output_dir
+    save_steps: int = 100  # steps between checkpoints, at least 1
+    save_total_limit: int = 2  # newest checkpoints kept; 0: all, at least 0
+    logging_steps: int = 10  # steps between numbers at the bar; metrics.jsonl has all, at least 1
+    audit: int = 0  # steps of which audit.jsonl gets all numbers of the update, at least 0
 
 
 TOY = dict(
@@ -312,15 +274,9 @@ class Group:
     advantages: torch.Tensor  # [B, G]
     rows: list  # of rollouts.jsonl, one a prompt
     signal: float = 0.0  # Σ |Â| over all ranks; without it and without a KL nothing is learnt
-    ref_logp: torch.Tensor = None  # [B, G, C], as all below
-    old_logp: torch.Tensor = None
-    logp: torch.Tensor = None
-    ratio: torch.Tensor = None
-    clip_ratio: torch.Tensor = None
-    kl: torch.Tensor = None
-    entropy: torch.Tensor = None
-    loss: torch.Tensor = None
-    weight: torch.Tensor = None
+    ref_logp: torch.Tensor = None  # [B, G, C]
+    old_logp: torch.Tensor = None  # [B, G, C]
+    # group_loss adds, [B, G, C] each: logp, ratio, clip_ratio, kl, entropy, loss, weight.
 
 
 def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
@@ -344,24 +300,37 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
 
     rows = []
     for sample, group, lengths in zip(samples, completions.tolist(), mask.sum(-1).tolist()):
-        row = dict(step=step + 1, sample_id=sample["sample_id"], prompt=sample["text"])
-        row |= dict(prompt_ids_len=len(sample["ids"]), gold=sample["gold"], completions=[])
+        row = dict(
+            step=step + 1,
+            sample_id=sample["sample_id"],
+            prompt=sample["text"],
+            prompt_ids_len=len(sample["ids"]),
+            gold=sample["gold"],
+            completions=[],
+        )
         for ids, length in zip(group, lengths):
             row["completions"].append(judged(ids[:length], sample["gold"], c, tokenizer, end_ids))
         rows.append(row)
 
     rewards = [[x["reward"] for x in row["completions"]] for row in rows]
     rewards = torch.tensor(rewards or [[0.0] * c.num_generations], device=device)
-    return Group(prompts, completions, mask, group_advantages(rewards, c.scale_rewards), rows)
+    advantages = group_advantages(rewards, c.scale_rewards)
+    signal = global_sums(signal=advantages.abs().sum())["signal"]
+    return Group(prompts, completions, mask, advantages, rows, signal)
 
 
 def judged(ids, gold, c, tokenizer, end_ids):
     """A completion's ids, through its end token -> its entry in rollouts.jsonl, with its reward."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     reward, answer = reward_of(text, gold, c.format_reward_weight)
-    truncated = ids[-1] not in end_ids
-    entry = dict(ids=ids, length=len(ids), truncated=truncated, text=text)
-    return entry | dict(reward=reward, answer=answer)
+    return dict(
+        ids=ids,
+        length=len(ids),
+        truncated=ids[-1] not in end_ids,
+        text=text,
+        reward=reward,
+        answer=answer,
+    )
 
 
 def rollout_model(model, dtype):
@@ -391,7 +360,7 @@ def update(model, optimizer, groups, c, totals, learning_rate):
                 (part * WORLD).backward()
             loss += float(part.detach())
 
-        loss = global_sums(group.mask.device, loss=loss)["loss"]
+        loss = global_sums(loss=loss)["loss"]
         grad_norm = optimizer_step(model, optimizer, learning_rate, c.max_grad_norm, loss)
     return loss, grad_norm
 
@@ -425,36 +394,39 @@ def group_loss(model, group, c, totals):
 def finished_rows(group):
     """The group's rows of rollouts.jsonl with what the update computed, per completion: the means
     of kl, entropy and clip_ratio over its tokens, and each token's log-ratio to the reference."""
-    lengths = group.mask.sum(-1)
     values = {}
     for key in ("kl", "entropy", "clip_ratio"):
-        values[key] = (getattr(group, key) * group.mask).sum(-1) / lengths
+        values[key] = (getattr(group, key) * group.mask).sum(-1) / group.mask.sum(-1)
     values["advantage"] = group.advantages
     values["logprob_sum"] = (group.old_logp * group.mask).sum(-1)
-    values = {key: value.flatten().tolist() for key, value in values.items()}
 
-    completions = itertools.chain(*(row["completions"] for row in group.rows))
-    for i, x in enumerate(completions):
-        x |= {key: value[i] for key, value in values.items()}
-        if group.ref_logp is not None:
-            log_ratio = (group.old_logp - group.ref_logp).flatten(0, 1)[i, : x["length"]]
-            x["log_ratio"] = [round(z, 4) for z in log_ratio.tolist()]
+    for b, row in enumerate(group.rows):
+        for g, x in enumerate(row["completions"]):
+            x |= {key: value[b, g].item() for key, value in values.items()}
+            if group.ref_logp is not None:
+                log_ratio = (group.old_logp - group.ref_logp)[b, g, : x["length"]]
+                x["log_ratio"] = [round(z, 4) for z in log_ratio.tolist()]
     return group.rows
 
 
 def audit_rows(group):
     """The group's rows of audit.jsonl, one a completion: lists over its C tokens, those behind its
     end too, where mask is false."""
-    keys = "ids mask logp old_logp ref_logp ratio clip_ratio kl loss weight".split()
+    keys = "mask logp old_logp ref_logp ratio clip_ratio kl loss weight".split()
     rows = []
+
     for b, row in enumerate(group.rows):
         for g, x in enumerate(row["completions"]):
-            audit = dict(step=row["step"], sample_id=row["sample_id"], completion=g)
-            audit |= dict(advantage=x["advantage"])
+            audit = dict(
+                step=row["step"],
+                sample_id=row["sample_id"],
+                completion=g,
+                advantage=x["advantage"],
+                ids=group.completions[b, g].tolist(),
+            )
             for key in keys:
-                value = group.completions if key == "ids" else getattr(group, key)
-                if value is not None:
-                    audit[key] = value[b, g].tolist()
+                if getattr(group, key) is not None:
+                    audit[key] = getattr(group, key)[b, g].tolist()
             rows.append(audit)
     return rows
 
@@ -462,10 +434,9 @@ def audit_rows(group):
 def rollout_metrics(rows):
     """A step's rows, of all ranks -> their means over prompts, completions or completion tokens,
     for metrics.jsonl."""
-    xs = list(itertools.chain(*(row["completions"] for row in rows)))
+    xs = list(chain(*(row["completions"] for row in rows)))
     stds = [np.std([x["reward"] for x in row["completions"]], ddof=1) for row in rows]
-    lengths = [x["length"] for x in xs]
-
+    lengths = np.array([x["length"] for x in xs], int)
     columns = dict(
         reward=[x["reward"] for x in xs],
         reward_std=stds,
@@ -478,8 +449,9 @@ def rollout_metrics(rows):
     for key in ("kl", "entropy", "clip_ratio"):  # of each token, its completion's mean
         columns[key] = np.repeat([x[key] for x in xs], lengths)
 
+    # Without a readable sample on any rank there is no mean.
     means = {key: float(np.mean(values)) if rows else math.nan for key, values in columns.items()}
-    return means | dict(tokens=sum(lengths) + sum(row["prompt_ids_len"] for row in rows))
+    return means | dict(tokens=int(lengths.sum()) + sum(row["prompt_ids_len"] for row in rows))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,9 +462,6 @@ def rollout_metrics(rows):
 def main():
     c = parse_config(Config, TOY)
     device, dtype = set_up(c.toy)
-    if c.validate:
-        command = [sys.executable, HERE / "tools/validate.py", c.data_root, c.annotations]
-        sys.exit(RANK == 0 and subprocess.call(command))
 
     # The records, the policy and its frozen start, the reference.
     root = Path(c.data_root)
@@ -502,7 +471,6 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(source)
     end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model = load_trainable(c, source, device, dtype)
-    reference = None
     if c.beta > 0:
         reference = load_model(source, device, dtype, partial(shard, device=device, dtype=dtype))
         reference.requires_grad_(False)
@@ -510,25 +478,14 @@ def main():
     dataset.check_lengths(c.max_prompt_length)
 
     # The length of the run, and where it begins.
-    per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * WORLD
+    B = c.per_device_train_batch_size
+    per_step = B * c.gradient_accumulation_steps * WORLD
     total = c.max_steps * per_step if c.max_steps > 0 else len(records) * c.num_train_epochs
     steps = math.ceil(total / per_step)
     checkpoint, start = open_run(c, model.config, dtype)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        c.learning_rate,
-        weight_decay=c.weight_decay,
-        fused=device.type == "cuda",
-    )
-    warmup_steps = math.ceil(steps * c.warmup_ratio)
-    schedule = get_scheduler(c.lr_scheduler_type, optimizer, warmup_steps, steps).lr_lambdas[0]
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizer)
-
-    batches = rank_batches(
-        total, range(start, steps), c.per_device_train_batch_size, c.gradient_accumulation_steps
-    )
-    loader = iter(load_batches(dataset, batches, c.dataloader_num_workers))
+    optimizer = make_optimizer(c, model, checkpoint)
+    batches = rank_batches(total, range(start, steps), B, c.gradient_accumulation_steps)
+    loader = load_batches(dataset, batches, c.dataloader_num_workers)
     faults = Faults(c, total)
     caught = catch_signals()
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=RANK > 0, desc="GRPO")
@@ -537,8 +494,8 @@ def main():
         epoch = (step + 1) * per_step / len(records)
         log = dict(step=step + 1, epoch=epoch, clock=time.perf_counter())
         micro_batches = [next(loader) for _ in range(c.gradient_accumulation_steps)]
-        failed = [s for s in itertools.chain(*micro_batches) if "error" in s]
-        lap(log, "time_data", device)
+        failed = [s for s in chain(*micro_batches) if "error" in s]
+        lap(log, "time_data")
 
         # Rollout, reward, advantage: G completions of each prompt at temperature T.
         sampler = rollout_model(model, dtype)
@@ -547,60 +504,50 @@ def main():
             for samples in micro_batches
         ]
         del sampler  # under FSDP2 a copy of all weights
-        lap(log, "time_rollout", device)
+        lap(log, "time_rollout")
 
         # Reference: log π_ref of the completions.
         if c.beta > 0:
             for group in groups:
                 with torch.no_grad():
                     group.ref_logp = reference(group.prompts, group.completions, c.temperature)
-        lap(log, "time_ref", device)
+        lap(log, "time_ref")
 
         # Update: ratio, clip, KL, loss, backward, optimizer step. Its denominators are global.
         totals = global_sums(
-            device,
             sequences=sum(group.mask.any(-1).sum() for group in groups),
             tokens=sum(group.mask.sum() for group in groups),
             bad=len(failed),
             stop=len(caught),
         )
-        for group in groups:
-            group.signal = global_sums(device, signal=group.advantages.abs().sum())["signal"]
-        log["learning_rate"] = c.learning_rate * schedule(step)
+        log["learning_rate"] = learning_rate_at(c, step, steps)
         log["loss"], log["grad_norm"] = update(
             model, optimizer, groups, c, totals, log["learning_rate"]
         )
-        lap(log, "time_update", device)
+        lap(log, "time_update")
 
         # Log, and stop where going on makes no sense.
-        rows = gather_rows(list(itertools.chain(*map(finished_rows, groups))))
-        audit = []
+        rows = gather_rows(map(finished_rows, groups))
+        append_rows(output_dir / "rollouts.jsonl", rows)
         if step < c.audit:
-            audit = gather_rows(list(itertools.chain(*map(audit_rows, groups))))
-        if RANK == 0:
-            log |= rollout_metrics(rows) | dict(bad_samples=int(totals["bad"]))
-            append_rows(output_dir / "rollouts.jsonl", rows)
-            if audit:
-                append_rows(output_dir / "audit.jsonl", audit)
-            log_step(c, log)
-            if (step + 1) % c.logging_steps == 0:
-                shown = ("reward", "kl", "completion_length")
-                bar.set_postfix({key: f"{log[key]:.3f}" for key in shown})
-        faults.count(log, failed, totals["bad"])
+            append_rows(output_dir / "audit.jsonl", gather_rows(map(audit_rows, groups)))
+        log |= rollout_metrics(rows) | dict(bad_samples=int(totals["bad"]))
+        log_step(c, log, bar, ("reward", "kl", "completion_length"))
+        faults.count(log, failed)
         if (step + 1) % c.save_steps == 0 or totals["stop"]:
-            save_checkpoint(c, step + 1, model, optimizer, source, dtype)
+            save_checkpoint(c, step + 1, model, optimizer, source)
         if totals["stop"]:
-            line = f"stopped after step {step + 1}; --resume_from_checkpoint auto goes on"
-            tqdm.write(line, file=sys.stderr)
-            sys.exit(128 + (caught or [signal.SIGTERM])[0])
+            leave(step + 1, caught)
 
-    save_model(model, output_dir, source, dtype)
+    save_model(model, output_dir, source)
     if RANK == 0:
+        # A step without a readable sample has no reward.
         rewards = [json.loads(line)["reward"] for line in open(output_dir / "metrics.jsonl")]
-        first = np.nanmean(rewards[:10])  # NaN where a step had no readable sample
-        last = np.nanmean(rewards[-10:])
-        print(f"mean reward of the first 10 steps {first:.3f}, of the last 10 {last:.3f}")
-        print(f"{output_dir}/ holds the trained model, config.json, metrics.jsonl, rollouts.jsonl")
+        print(
+            f"mean reward of the first 10 steps {np.nanmean(rewards[:10]):.3f}, "
+            f"of the last 10 {np.nanmean(rewards[-10:]):.3f}\n"
+            f"{output_dir}/ holds the trained model, config.json, metrics.jsonl, rollouts.jsonl"
+        )
     dist.destroy_process_group()
 
 
@@ -611,7 +558,7 @@ def extract_answer(text, letters="ABCD"):
     It stands alone, bracketed, boxed or bold; or as `B. text`, `B) text`, `B: text`; or behind
     `answer is`, `Answer:`, `option`. `A knife` and `A or B` give none (trap 11)."""
     if "<answer>" in text:
-        parts = [part.partition("</answer>")[0] for part in text.split("<answer>")[1:]]
+        parts = re.findall(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", text, re.S)
         answers = {extract_answer(part, letters) for part in parts}
         return answers.pop() if len(answers) == 1 else None
 
@@ -636,11 +583,11 @@ def extract_answer(text, letters="ABCD"):
     return found[0] if len({*found}) == 1 else None
 
 
-def gather_rows(rows):
-    """Every rank's list of rows -> all of them, in rank order."""
+def gather_rows(lists):
+    """Every rank's lists of rows -> all rows, in rank order."""
     parts = [None] * WORLD
-    dist.all_gather_object(parts, rows)
-    return list(itertools.chain(*parts))
+    dist.all_gather_object(parts, list(chain(*lists)))
+    return list(chain(*parts))
 
 
 # === end shared: answer ===
@@ -648,7 +595,7 @@ def gather_rows(rows):
 
 # === shared: sampling — identical in grpo_video.py, eval_video.py ===
 @torch.no_grad()
-def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top_p=1.0):
+def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
     """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0].
 
     A row's random numbers come from its prompt's seed (an int) and its place in the group.
@@ -656,47 +603,42 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0, top_k=0, top
     B = len(prompts.ids)
     device = prompts.ids.device
     ends = torch.tensor(end_ids, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = [torch.rand(G, C, dtype=torch.float64, generator=each) for each in generators]
+    uniform = []
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        uniform.append(torch.rand(G, C, dtype=torch.float64, generator=rng))
     uniform = torch.cat(uniform).to(device)  # [B*G, C]
 
     # The prompts, once: their keys and values fill the cache.
     cache = KVCache(prompts, G, C)
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
 
-    # The state of decoding, [B*G] each. Their last tokens open the completions.
+    # The state of decoding, [B*G] each. The prompts' last tokens open the completions.
     token = prompts.last.repeat_interleave(G)
     position = prompts.last_position.repeat_interleave(G)
-    ended = torch.zeros(B * G, dtype=torch.bool, device=device)
-    rows = torch.arange(B * G, device=device)
+    ended = torch.zeros_like(token, dtype=torch.bool)
     out = torch.full((B * G, C), end_ids[0], device=device)
 
     def step():
         """A token of each row. All that it changes keeps its place in memory, as a graph needs."""
-        cache.mask.index_fill_(3, cache.column.add_(1) + cache.P, 0)
+        cache.mask.index_fill_(4, cache.column.add_(1) + cache.P, 0)
         positions = (position + cache.column).expand(3, -1)
         x = model.decoder(model.model.embed_tokens(token), positions, cache)
-        picked = pick(model.logits(x), uniform[rows, cache.column], temperature, top_k, top_p)
-        token.copy_(picked)
-        out[rows, cache.column] = torch.where(ended, ends[0], token)
+        drawn = uniform.index_select(1, cache.column)[:, 0]
+        token.copy_(pick(model.logits(x), drawn, temperature))
+        shown = torch.where(ended, ends[0], token)
+        out.index_copy_(1, cache.column, shown[:, None])
         ended.logical_or_(torch.isin(token, ends))
 
     run = step
     for _ in range(C):
         run()
-        going = ~ended.cpu()  # the host waits for the device here and nowhere else
-        if not going.any():
+        if ended.all():  # the host waits for the device here and nowhere else
             break
-
-        # Fewer rows cost what one does, as the weights are read anyhow: up to 32 none leaves.
-        stay = cache.compact(going) if len(going) > 32 else None
-        if stay is not None:
-            rows, token, position, ended = (z[stay] for z in (rows, token, position, ended))
-            run = step
-        elif token.is_cuda and run is step:
+        if token.is_cuda and run is step:
             # All kernels are loaded now: from here on a token is one recorded graph of them.
-            graph = torch.cuda.CUDAGraph()
             # Other threads may go on meanwhile, NCCL's for one.
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
             run = graph.replay
@@ -713,69 +655,45 @@ class KVCache:
         self.B, self.P = prompts.ids.shape
         self.G = G
         self.C = C
-        self.prefill = PackedAttention(prompts, G, 0)
+        self.prefill = packed_attention(prompts, G, 0)
         self.prompt = {}  # layer -> keys and values, [B, K, P, E] each
-        self.own = {}  # layer -> keys and values, [B*G, K, C, E] each
+        self.own = {}  # layer -> keys and values, [B, G, K, C, E] each
         self.column = prompts.lengths.new_full((1,), -1)  # of the token in hand
 
         # What is added to the scores: 0 where a row may look, else -inf. A step opens a column.
         columns = torch.arange(self.P + C, device=prompts.ids.device)
-        mask = torch.where(columns < prompts.lengths[:, None] - 1, 0.0, -math.inf)  # [B, P+C]
-        self.mask = mask.repeat_interleave(G, 0)[:, None, None]  # [B*G, 1, 1, P+C]
+        mask = torch.where(columns < prompts.lengths[:, None] - 1, 0.0, -math.inf)
+        self.mask = mask[:, None, None, None].repeat(1, G, 1, 1, 1)  # [B, G, 1, 1, P+C]
 
     def __call__(self, layer, q, k, v):
         """First the prompts' rows [B*P, heads, E], which fill the cache; then a token of each
         completion, [B*G, heads, E]."""
         if layer not in self.prompt:
-            both = [self.prefill.split(z)[0].contiguous() for z in (k.float(), v)]
-            shape = (self.B * self.G, k.shape[1], self.C, k.shape[2])
-            self.prompt[layer] = both
-            self.own[layer] = [z.new_zeros(shape) for z in both]
+            room = (self.B, self.G, k.shape[1], self.C, k.shape[2])
+            both = [z.unflatten(0, (self.B, self.P)).transpose(1, 2) for z in (k.float(), v)]
+            self.prompt[layer] = [z.contiguous() for z in both]
+            self.own[layer] = [z.new_zeros(room) for z in both]
             return self.prefill(layer, q, k, v)
 
         prompt_k, prompt_v = self.prompt[layer]
         own_k, own_v = self.own[layer]
-        own_k.index_copy_(2, self.column, k.float()[:, :, None])
-        own_v.index_copy_(2, self.column, v[:, :, None])
+        q, k, v = (z.unflatten(0, (self.B, self.G)) for z in (q.float(), k.float(), v))
+        own_k.index_copy_(3, self.column, k[:, :, :, None])
+        own_v.index_copy_(3, self.column, v[:, :, :, None])
 
-        # A group's rows meet their prompt side by side in one product: nothing is repeated G times.
-        q = q.float().unflatten(1, (k.shape[1], -1)) * q.shape[2] ** -0.5  # [B*G, K, R, E], R = H/K
-        on_prompt = self.by_row(self.by_prompt(q) @ prompt_k.transpose(2, 3))  # [B*G, K, R, P]
-        on_own = q @ own_k.transpose(2, 3)  # [B*G, K, R, C]
+        # R = H / K query heads share a key head; a group shares its prompt.
+        q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5  # [B, G, K, R, E]
+        on_prompt = torch.einsum("bgkre,bkpe->bgkrp", q, prompt_k)
+        on_own = torch.einsum("bgkre,bgkce->bgkrc", q, own_k)
         weights = (torch.cat((on_prompt, on_own), dim=-1) + self.mask).softmax(-1).to(v.dtype)
 
         on_prompt, on_own = weights.split((self.P, self.C), dim=-1)
-        out = self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v
-        return out.flatten(1, 2)  # [B*G, H, E]
-
-    def compact(self, going):
-        """going [B*G] bool -> the rows that stay: once half can leave, those of unfinished prompts,
-        as many as the busiest has."""
-        going = going.view(self.B, self.G)
-        kept = going.any(1).nonzero()[:, 0]  # [b]
-        most = int(going.sum(1).max())
-        if 2 * len(kept) * most > going.numel():
-            return None
-
-        first = going[kept].long().argsort(descending=True, stable=True)[:, :most]  # [b, g]
-        rows = (kept[:, None] * self.G + first).flatten()  # [b*g]
-        self.prompt = {layer: [z[kept] for z in both] for layer, both in self.prompt.items()}
-        self.own = {layer: [z[rows] for z in both] for layer, both in self.own.items()}
-        self.mask = self.mask[rows]
-        self.B = len(kept)
-        self.G = most
-        return rows
-
-    def by_prompt(self, z):
-        """[B*G, K, R, X] -> [B, K, G*R, X]"""
-        return z.unflatten(0, (self.B, self.G)).transpose(1, 2).flatten(2, 3)
-
-    def by_row(self, z):
-        """[B, K, G*R, X] -> [B*G, K, R, X]"""
-        return z.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1)
+        out = torch.einsum("bgkrp,bkpe->bgkre", on_prompt, prompt_v)
+        out = out + torch.einsum("bgkrc,bgkce->bgkre", on_own, own_v)
+        return out.flatten(2, 3).flatten(0, 1)  # [B*G, H, E]
 
 
-def pick(logits, uniform, temperature, top_k, top_p):
+def pick(logits, uniform, temperature):
     """logits [N, V] fp32, uniform [N] float64 in [0, 1) -> ids [N]. Greedy at temperature 0.
 
     Otherwise the cumulative distribution is inverted at `uniform`, so that a row's tokens come from
@@ -784,13 +702,6 @@ def pick(logits, uniform, temperature, top_k, top_p):
         return logits.argmax(-1)
 
     probs = (logits / temperature).softmax(-1)
-    if top_k > 0:
-        probs = probs * (probs >= probs.topk(min(top_k, probs.shape[1])).values[:, -1:])
-    if top_p < 1:  # the smallest set of tokens that reaches top_p: those with less before them
-        ordered, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True)
-        kept = (ordered.cumsum(-1) - ordered < top_p).to(probs.dtype)
-        probs = probs * torch.empty_like(probs).scatter(1, order, kept)
-
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return place[:, 0].clamp(max=probs.shape[1] - 1)
@@ -807,6 +718,9 @@ def completion_mask(ids, end_ids):
 
 
 # === shared: qwen2_vl — identical in grpo_video.py, sft_video.py, eval_video.py ===
+PATCH, PAIR, MERGE = 14, 2, 2  # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches make a token
+
+
 class Qwen2VL(nn.Module):
     """Calling it scores completions; decoding uses its parts. Module names are the checkpoint's."""
 
@@ -816,12 +730,10 @@ class Qwen2VL(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.visual = VisionTower(config.vision_config)
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
-                layers=nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers)),
-                norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
-            )
+        self.model = modules(
+            embed_tokens=nn.Embedding(c.vocab_size, c.hidden_size),
+            layers=nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers)),
+            norm=nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -831,14 +743,15 @@ class Qwen2VL(nn.Module):
         fp32, and, if given, a statistic(logits [N, V], log_z [N], targets [N]) -> [N], likewise."""
         states = self.completion_states(prompts, completions)
         targets = completions.flatten()
-        score = partial(self.score, temperature=temperature, statistic=statistic)
+        score = self.score
 
         # Logits at the completions' positions alone, 2^26 (256 MB) at a time; none of several
         # pieces is kept for the backward pass.
         rows = max(1, 2**26 // self.config.text_config.vocab_size)
         if len(targets) > rows and torch.is_grad_enabled():
-            score = partial(torch.utils.checkpoint.checkpoint, score, use_reentrant=False)
-        pieces = [score(x, y) for x, y in zip(states.split(rows), targets.split(rows))]
+            score = partial(checkpoint, score, use_reentrant=False)
+        parts = zip(states.split(rows), targets.split(rows))
+        pieces = [score(*part, temperature, statistic) for part in parts]
 
         # FSDP2's hooks want no view of what they return.
         scores = [torch.cat(piece).view(completions.shape).clone() for piece in zip(*pieces)]
@@ -877,10 +790,10 @@ class Qwen2VL(nn.Module):
         own_x = self.model.embed_tokens(inputs).flatten(0, 2)
         x = torch.cat((prompt_x, own_x))  # [B*P + B*G*C, D]
 
-        after = prompts.last_position[:, None, None] + torch.arange(C, device=inputs.device)
-        after = after.expand_as(inputs).reshape(1, -1).expand(3, -1)
+        after = prompts.last_position[:, None] + torch.arange(C, device=inputs.device)
+        after = after.repeat_interleave(G, 0).flatten().expand(3, -1)
         positions = torch.cat((prompts.positions.flatten(1), after), dim=1)
-        return self.decoder(x, positions, PackedAttention(prompts, G, C))
+        return self.decoder(x, positions, packed_attention(prompts, G, C))
 
     def embed_prompts(self, prompts):
         """-> [B*P, D]; vision features go only to the prompts' own placeholders (trap 12)."""
@@ -913,7 +826,7 @@ class Qwen2VL(nn.Module):
         """layer(*inputs), recomputed in the backward pass if gradient_checkpointing says so and
         there will be one."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
 
@@ -923,93 +836,87 @@ class DecoderLayer(nn.Module):
         D = c.hidden_size
         self.E = D // c.num_attention_heads
         KE = c.num_key_value_heads * self.E
+
         self.input_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(D, eps=c.rms_norm_eps)
-        self.self_attn = nn.ModuleDict(
-            dict(
-                q_proj=nn.Linear(D, D),
-                k_proj=nn.Linear(D, KE),
-                v_proj=nn.Linear(D, KE),
-                o_proj=nn.Linear(D, D, bias=False),
-            )
+        self.self_attn = modules(
+            q_proj=nn.Linear(D, D),
+            k_proj=nn.Linear(D, KE),
+            v_proj=nn.Linear(D, KE),
+            o_proj=nn.Linear(D, D, bias=False),
         )
-        self.mlp = nn.ModuleDict(
-            dict(
-                gate_proj=nn.Linear(D, c.intermediate_size, bias=False),
-                up_proj=nn.Linear(D, c.intermediate_size, bias=False),
-                down_proj=nn.Linear(c.intermediate_size, D, bias=False),
-            )
+        self.mlp = modules(
+            gate_proj=nn.Linear(D, c.intermediate_size, bias=False),
+            up_proj=nn.Linear(D, c.intermediate_size, bias=False),
+            down_proj=nn.Linear(c.intermediate_size, D, bias=False),
         )
 
     def forward(self, x, cos, sin, attend):
         """x [N, D]; attend(q [N, H, E], k [N, K, E], v [N, K, E]) -> [n, H, E] decides who sees
         whom; the last n rows go on."""
         h = self.input_layernorm(x)
-        q = rotate(self.self_attn.q_proj(h).unflatten(1, (-1, self.E)), cos, sin)
-        k = rotate(self.self_attn.k_proj(h).unflatten(1, (-1, self.E)), cos, sin)
-        v = self.self_attn.v_proj(h).unflatten(1, (-1, self.E))
-        out = attend(q, k, v).flatten(1)
-        x = x[len(x) - len(out) :] + self.self_attn.o_proj(out)
+        attn = self.self_attn
+        qkv = (attn.q_proj(h), attn.k_proj(h), attn.v_proj(h))
+        q, k, v = (z.unflatten(1, (-1, self.E)) for z in qkv)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1)
+        x = x[len(x) - len(out) :] + attn.o_proj(out)
 
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
 
 
-class PackedAttention:
-    """Rows [B*P | B*G*C]: a prompt is causal over itself; a completion sees its prompt and,
-    causally, itself.
+def packed_attention(prompts, G, C):
+    """-> attend(layer, q, k, v) of rows [B*P | B*G*C]: a prompt is causal over itself; a completion
+    sees its prompt and, causally, itself.
 
     Behind the last layer, -1, only the completions' rows are needed: there a prompt is keys and
     values alone."""
+    B, P = prompts.ids.shape
+    counts = [count for count, _ in prompts.runs]
+    rows = [count * G for count in counts]
+    runs = prompts.runs if C > 0 else []
 
-    def __init__(self, prompts, G, C):
-        self.B, self.P = prompts.ids.shape
-        self.G = G
-        self.C = C
-        self.runs = prompts.runs
+    def split(z):
+        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]"""
+        prompt, own = z.split((B * P, B * G * C))
+        prompt = prompt.unflatten(0, (B, P)).transpose(1, 2)
+        return prompt, own.unflatten(0, (B * G, C)).transpose(1, 2)
 
-    def __call__(self, layer, q, k, v):
-        q, q_own = self.split(q)
-        k, k_own = self.split(k)
-        v, v_own = self.split(v)
+    def attend(layer, q, k, v):
+        q, q_own = split(q)
+        k, k_own = split(k)
+        v, v_own = split(v)
         if layer == -1:
             out = [q[:, :, :0]]
         else:
             out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)]
 
         # Prompts of one length at a time: without padding no kernel needs a dense mask.
-        runs = self.runs if self.C > 0 else []
-        counts = [count for count, _ in self.runs]
-        rows = [count * self.G for count in counts]
-        prompts = zip(runs, k.split(counts), v.split(counts))
-        completions = zip(q_own.split(rows), k_own.split(rows), v_own.split(rows))
-        for ((_, P), k, v), (q_own, k_own, v_own) in zip(prompts, completions):
-            k = torch.cat((k[:, :, :P].repeat_interleave(self.G, 0), k_own), dim=2)
-            v = torch.cat((v[:, :, :P].repeat_interleave(self.G, 0), v_own), dim=2)
-            seen = causal_lower_right(self.C, P + self.C)
+        prompts = (k.split(counts), v.split(counts))
+        completions = (q_own.split(rows), k_own.split(rows), v_own.split(rows))
+        for (_, length), k, v, q, k_own, v_own in zip(runs, *prompts, *completions):
+            k = torch.cat((k[:, :, :length].repeat_interleave(G, 0), k_own), dim=2)
+            v = torch.cat((v[:, :, :length].repeat_interleave(G, 0), v_own), dim=2)
+            seen = causal_lower_right(C, length + C)
             out.append(
-                F.scaled_dot_product_attention(q_own, k, v, attn_mask=seen, enable_gqa=True)
+                F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             )  # [count*G, H, C, E]
         return torch.cat([z.transpose(1, 2).flatten(0, 1) for z in out])
 
-    def split(self, z):
-        """[B*P + B*G*C, heads, E] -> [B, heads, P, E] and [B*G, heads, C, E]"""
-        prompt, own = z.split((self.B * self.P, self.B * self.G * self.C))
-        prompt = prompt.unflatten(0, (self.B, self.P)).transpose(1, 2)
-        return prompt, own.unflatten(0, (self.B * self.G, self.C)).transpose(1, 2)
+    return attend
 
 
 class VisionTower(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.c = c
-        patch = (c.temporal_patch_size, c.patch_size, c.patch_size)
-        merged = c.embed_dim * c.spatial_merge_size**2
-        embed = nn.Conv3d(c.in_channels, c.embed_dim, patch, stride=patch, bias=False)
-        self.patch_embed = nn.ModuleDict(dict(proj=embed))
+        self.E = c.embed_dim // c.num_heads
+        patch = (PAIR, PATCH, PATCH)
+        merged = c.embed_dim * MERGE**2
+        embed = nn.Conv3d(3, c.embed_dim, patch, stride=patch, bias=False)
+        self.patch_embed = modules(proj=embed)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, c.hidden_size))
-        self.merger = nn.ModuleDict(dict(ln_q=nn.LayerNorm(c.embed_dim, eps=1e-6), mlp=mlp))
+        self.merger = modules(ln_q=nn.LayerNorm(c.embed_dim, eps=1e-6), mlp=mlp)
 
     def forward(self, patches, grids, run):
         """patches [N, 1176], N the sum of t*h*w over the grids -> features [N/4, D];
@@ -1018,24 +925,21 @@ class VisionTower(nn.Module):
         cos, sin = self.rotary(grids, x.device)
 
         # Each temporal slice attends to itself alone; slices of one size go together.
-        sizes = [h * w for t, h, w in grids for _ in range(t)]
-        slices = [(len(list(same)), size) for size, same in itertools.groupby(sizes)]
+        slices = run_lengths(chain(*([h * w] * t for t, h, w in grids)))
         for block in self.blocks:
             x = run(block, x, cos, sin, slices)
-        x = self.merger.ln_q(x).view(len(x) // self.c.spatial_merge_size**2, -1)
-        return self.merger.mlp(x)
+        return self.merger.mlp(self.merger.ln_q(x).view(len(x) // MERGE**2, -1))
 
     def rotary(self, grids, device):
         """-> cos and sin [N, E], half of the frequencies for a patch's row, half for its column;
         patches come in 2x2 blocks."""
-        m = self.c.spatial_merge_size
+        m = MERGE
         places = []
         for t, h, w in grids:
-            place = torch.cartesian_prod(torch.arange(h), torch.arange(w))  # [h*w, 2]
-            place = place.view(h // m, m, w // m, m, 2).transpose(1, 2)
-            places.append(place.reshape(-1, 2).repeat(t, 1))  # [t*h*w, 2]
+            order = torch.arange(h * w).view(h // m, m, w // m, m).transpose(1, 2).flatten()
+            places.append(torch.stack((order // w, order % w), dim=1).repeat(t, 1))  # [t*h*w, 2]
 
-        half = self.c.embed_dim // self.c.num_heads // 2
+        half = self.E // 2
         inv_freq = 10000.0 ** (-torch.arange(0, half, 2) / half)
         angles = (torch.cat(places)[..., None] * inv_freq).flatten(1).repeat(1, 2)  # [N, E]
         return angles.cos().to(device), angles.sin().to(device)
@@ -1049,8 +953,8 @@ class VisionBlock(nn.Module):
         self.heads = c.num_heads
         self.norm1 = nn.LayerNorm(D, eps=1e-6)
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, hidden), fc2=nn.Linear(hidden, D)))
+        self.attn = modules(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D))
+        self.mlp = modules(fc1=nn.Linear(D, hidden), fc2=nn.Linear(hidden, D))
 
     def forward(self, x, cos, sin, slices):
         """x [N, D]; slices: (count, size) of runs of temporal slices."""
@@ -1062,13 +966,17 @@ class VisionBlock(nn.Module):
         out = []
         rows = [count * size for count, size in slices]
         for shape, *qkv in zip(slices, q.split(rows), k.split(rows), v.split(rows)):
-            q, k, v = (z.unflatten(0, shape).transpose(1, 2) for z in qkv)  # [count, H, size, E]
-            attended = F.scaled_dot_product_attention(q, k, v)
-            out.append(attended.transpose(1, 2).flatten(0, 1))
+            qkv = [z.unflatten(0, shape).transpose(1, 2) for z in qkv]  # [count, H, size, E]
+            out.append(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(0, 1))
         x = x + self.attn.proj(torch.cat(out).flatten(1))
 
         h = self.mlp.fc1(self.norm2(x))
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # quick_gelu
+
+
+def modules(**named):
+    """{name: module} -> one module with these attributes."""
+    return nn.ModuleDict(named)
 
 
 def rotate(x, cos, sin):
@@ -1082,25 +990,25 @@ def mrope_positions(ids, grids, config):
 
     A text token's t = h = w is the maximum before it plus 1, as the weights were trained
     (transformers leaves t out); a vision block starts there with its (t, h, w)."""
-    m = config.vision_config.spatial_merge_size
     placeholders = (config.image_token_id, config.video_token_id)
     grids = iter(grids)
     blocks = []
     start = 0
-    for vision, same in itertools.groupby(i in placeholders for i in ids):
-        left = len(list(same))
+    for left, vision in run_lengths(i in placeholders for i in ids):
         while left > 0:  # two videos may follow each other without a token between them
+            block = torch.arange(left).expand(3, -1)
             if vision:
                 t, h, w = next(grids)
-                block = torch.cartesian_prod(
-                    torch.arange(t), torch.arange(h // m), torch.arange(w // m)
-                ).T
-            else:
-                block = torch.arange(left).expand(3, -1)
+                block = torch.cartesian_prod(*map(torch.arange, (t, h // MERGE, w // MERGE))).T
             blocks.append(start + block)
             start = int(blocks[-1].max()) + 1
             left -= block.shape[1]
     return torch.cat(blocks, dim=1)
+
+
+def run_lengths(values):
+    """-> [(count, value)] of equal neighbours."""
+    return [(len(list(same)), value) for value, same in groupby(values)]
 
 
 class Prompts(types.SimpleNamespace):
@@ -1114,73 +1022,61 @@ class Prompts(types.SimpleNamespace):
     def collate(cls, samples, device, dtype):
         """Samples with ids [P+1] (the last is a word's), positions [3, P+1], patches [N, 1176]
         uint8 and grids -> one batch."""
-        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        ids = pad([s["ids"][:-1] for s in samples])
-        positions = pad([s["positions"].T[:-1] for s in samples]).permute(2, 0, 1)
-        lengths = [len(s["ids"]) for s in samples]
-        runs = [(len(list(same)), P) for P, same in itertools.groupby(n - 1 for n in lengths)]
+        tokens = [torch.cat((s["ids"][None], s["positions"])).T for s in samples]  # id, t, h, w
+        padded = nn.utils.rnn.pad_sequence([z[:-1] for z in tokens], batch_first=True)
+        ids, *positions = padded.to(device).unbind(-1)  # [B, P] each
+        last, last_position = torch.stack([z[-1, :2] for z in tokens]).to(device).T
 
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device)
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device)
+        mean = torch.tensor([[0.48145466], [0.4578275], [0.40821073]], device=device)
+        std = torch.tensor([[0.26862954], [0.26130258], [0.27577711]], device=device)
         patches = torch.cat([s["patches"] for s in samples]).to(device)
         patches = patches.unflatten(1, (3, -1)) / 255  # [N, channel, 2 frames * 14 * 14]
-        patches = ((patches - mean[:, None]) / std[:, None]).flatten(1).to(dtype)
+        patches = ((patches - mean) / std).flatten(1).to(dtype)
 
         return cls(
-            ids=ids.to(device),
-            positions=positions.to(device),
-            last=torch.stack([s["ids"][-1] for s in samples]).to(device),
-            last_position=torch.stack([s["positions"].max() for s in samples]).to(device),
-            lengths=torch.tensor(lengths, device=device),
-            runs=runs,
+            ids=ids,
+            positions=torch.stack(positions),
+            last=last,
+            last_position=last_position,
+            lengths=torch.tensor([len(z) for z in tokens], device=device),
+            runs=run_lengths(len(z) - 1 for z in tokens),
             patches=patches,
-            grids=list(itertools.chain(*(s["grids"] for s in samples))),
+            grids=list(chain(*(s["grids"] for s in samples))),
         )
 
 
 def load_model(folder, device, dtype, wrap=lambda model: model):
-    """A folder of the hub's shape, one file or shards with an index -> Qwen2VL. A missing, extra or
-    misshapen tensor ends the program, by name.
+    """A folder of the hub's shape, one file or shards -> Qwen2VL. A missing, extra or misshapen
+    tensor ends the program, by name.
 
-    `wrap` may shard the empty model; each rank then keeps its part of every tensor it reads."""
+    `wrap` may shard the empty model; each rank then reads its own slices of every tensor."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
-        index = folder / "model.safetensors.index.json"
-        files = {"model.safetensors"}
-        if index.exists():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        opened = [safe_open(folder / file, "pt") for file in sorted(files)]
-        where = {name: f for f in opened for name in f.keys()}
+        found = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         fail(f"--model {folder}: no readable checkpoint: {str(error).splitlines()[0]}")
     if config.model_type != "qwen2_vl":
         fail(
-            f"--model {folder}: its config.json says model_type {config.model_type!r}, "
-            "must be 'qwen2_vl'"
+            f"--model {folder}: model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
         )
+    if not found:
+        fail(f"--model {folder}: holds no model.safetensors, nor shards of it")
+
     with torch.device("meta"):
-        model = wrap(Qwen2VL(config))
+        model = wrap(Qwen2VL(config).to(dtype))
+    model.to_empty(device=device)
+    state = model.state_dict()
 
-    found = {name: list(f.get_slice(name).get_shape()) for name, f in where.items()}
-    wanted = model.state_dict()
-    shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
-    if found != shapes:
-        names = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
-        fail(
-            *(
-                f"--model {folder}: tensor {name} is {found.get(name, 'missing')}, "
-                f"must be {shapes.get(name, 'absent')}"
-                for name in names
-            )
-        )
-
-    for name, empty in wanted.items():
-        wanted[name] = where[name].get_tensor(name).to(device, dtype)
-        if isinstance(empty, DTensor):  # its mesh may be on another device than where it stays
-            wanted[name] = distribute_tensor(
-                wanted[name], empty.device_mesh, empty.placements, src_data_rank=None
-            ).to(device)
-    model.load_state_dict(wanted, assign=True)
+    problems = []
+    for name in sorted({*found, *state}):
+        shape = list(found[name].size) if name in found else "missing"
+        wanted = list(state[name].shape) if name in state else "absent"
+        if shape != wanted:
+            problems.append(f"--model {folder}: tensor {name} is {shape}, must be {wanted}")
+    if problems:
+        fail(*problems)
+    dcp.load(state, storage_reader=reader)
     return model
 
 
@@ -1214,23 +1110,18 @@ def load_records(path, root, parse=None, fail=fail):
         try:
             raw = json.loads(line.decode())
             name = raw.get("sample_id") if isinstance(raw, dict) else None
-            if not isinstance(name, (int, str)):
-                raise ValueError("must be an object with a sample_id, an integer or a string")
-            if re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode()):
-                raise ValueError(
-                    "holds a special token such as <|video_pad|>, which only the chat template "
-                    "may write"
-                )
-            if lines.setdefault(str(name), number) != number:
-                raise ValueError(f"its sample_id is line {lines[str(name)]}'s already")
+            whole = isinstance(name, (int, str))
+            must(whole, "must be an object with a sample_id, an integer or a string")
+            special = re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode())
+            must(not special, "holds a special token, which only the chat template may write")
+            first = lines.setdefault(str(name), number)
+            must(first == number, f"its sample_id is line {first}'s already")
             records.append((parse or parse_record)(raw, root))
         except (ValueError, OSError, RecursionError) as error:  # bad UTF-8, bad JSON among them
             problems.append(f"{path}:{number}: sample_id {name!s:.60}: {error}")
 
-    if not records and not problems:
-        problems.append(f"{path}: holds no records")
-    if problems:
-        fail(*problems)
+    if problems or not records:
+        fail(*problems or [f"{path}: holds no records"])
     return records
 
 
@@ -1245,79 +1136,64 @@ def parse_record(raw, root):
     if gold is not None:
         choices = [text_field(raw, f"choice_{letter}") for letter in "abcd"]
         record |= dict(choices=choices, gold=gold)
-        if gold not in ("A", "B", "C", "D"):
-            raise ValueError(f"golden_choice_idx {gold!r:.60} must be A, B, C or D")
+        must(gold in list("ABCD"), f"golden_choice_idx {gold!r:.60} must be A, B, C or D")
     else:
         answer = text_field(raw, "answer")
         given = raw.get("negative_answers")
-        if not isinstance(given, list):
-            given = []
-        if not all(isinstance(n, str) and n.strip() for n in given):
-            given = []
-        negatives = [n for n in dict.fromkeys(given) if n != answer]
+        negatives = []
+        if isinstance(given, list) and all(isinstance(n, str) and n.strip() for n in given):
+            negatives = [n for n in dict.fromkeys(given) if n != answer]
         record |= dict(answer=answer, negatives=negatives)
-        if len(negatives) < 3:
-            raise ValueError(
-                "without golden_choice_idx, negative_answers must be at least 3 different strings "
-                "beside the answer"
-            )
+        must(
+            len(negatives) >= 3,
+            "without golden_choice_idx, negative_answers must be at least 3 different strings "
+            "beside the answer",
+        )
 
     source = text_field(raw, "video_source")
     progress = raw.get("task_progress_metadata")
-    if not isinstance(progress, list):
-        raise ValueError(
-            "field 'task_progress_metadata' must be a list (an empty one means: no video)"
-        )
-    media = []
+    must(
+        isinstance(progress, list),
+        "field 'task_progress_metadata' must be a list (an empty one means: no video)",
+    )
+    media = [("image", f"images/{source}/{text_field(raw, 'current_observation_basename')}")]
     if progress:
-        video = f"videos/{source}/{text_field(raw, 'video_basename')}"
-        media.append(("video", inside(root, video)))
-    image = f"images/{source}/{text_field(raw, 'current_observation_basename')}"
-    media.append(("image", inside(root, image)))
-    return record | dict(media=media)
+        media.insert(0, ("video", f"videos/{source}/{text_field(raw, 'video_basename')}"))
+    return record | dict(media=[(kind, inside(root, path)) for kind, path in media])
 
 
 def text_field(raw, key):
-    if not isinstance(raw.get(key), str) or not raw[key].strip():
-        raise ValueError(f"field {key!r} must be a non-empty string, is {raw.get(key)!r:.60}")
-    return raw[key]
+    value = raw.get(key)
+    filled = isinstance(value, str) and value.strip()
+    must(filled, f"field {key!r} must be a non-empty string, is {value!r:.60}")
+    return value
+
+
+def must(holds, message):
+    if not holds:
+        raise ValueError(message)
 
 
 def inside(root, path):
     """A path relative to the data root -> Path; ValueError if it leaves the root or is no regular
     file."""
     full = (root / path).resolve()
-    root = root.resolve()
-    if not full.is_relative_to(root):
-        raise ValueError(f"{path!r} leaves the data root {root}")
-    if not full.is_file():
-        raise ValueError(f"{path!r} is no file in the data root {root}")
+    must(full.is_relative_to(root.resolve()), f"{path!r} leaves the data root {root}")
+    must(full.is_file(), f"{path!r} is no file in the data root {root}")
     return full
 
 
 def load_batches(dataset, batches, workers):
-    """Lists of positions -> lists of samples, decoded ahead in worker processes, which leave
-    SIGTERM and Ctrl-C to the loop."""
-    atexit.register(end_workers)
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=list,
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
-    )
-
-
-def end_workers():
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def ignore_signals(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Lists of positions -> lists of samples, whose media `workers` processes decode ahead."""
+    ahead = collections.deque()
+    for batch in batches:
+        ahead.append([dataset.begin(position) for position in batch])
+        if len(ahead) > 2 * workers:
+            yield [finish() for finish in ahead.popleft()]
+    while ahead:
+        yield [finish() for finish in ahead.popleft()]
+    dataset.pool.stop()
+    dataset.pool.join()
 
 
 class VideoDataset:
@@ -1331,31 +1207,43 @@ class VideoDataset:
         self.records = records
         self.tokenizer = tokenizer
         self.config = config
-        self.vision = config.vision_config
         self.c = c
         self.shuffle = shuffle
-        unit = self.vision.patch_size * self.vision.spatial_merge_size
+        unit = PATCH * MERGE
         self.size = max(1, round(c.frame_size / unit)) * unit  # 252 for 256: a multiple of 28
-        self.decoder = Decoder(self.decode, c.decode_timeout)
+        self.pool = decoding_pool(c.dataloader_num_workers)
 
     def __getitem__(self, position):
+        return self.begin(position)()
+
+    def begin(self, position):
+        """Sends a sample's media to be decoded -> a function that waits for them and returns it."""
         epoch, place = divmod(position, len(self.records))
         if self.shuffle:
-            rng = random.Random(repr((self.c.seed, epoch)))
-            place = rng.sample(range(len(self.records)), len(self.records))[place]
+            place = permutation(len(self.records), self.c.seed, epoch)[place]
         record = self.records[place]
-        choices, gold = choose(record, self.c.seed, epoch)
-        sample = {key: record.get(key) for key in ("sample_id", "domain", "response")}
-        sample |= dict(choices=choices, gold=gold)
+        args = (record["media"], self.size, self.c.fps, self.c.max_frames)
+        decoding = self.pool.schedule(decode, args, timeout=self.c.decode_timeout)
+        return partial(self.finish, record, epoch, decoding)
 
-        media, problem = self.decoder(record)
+    def finish(self, record, epoch, decoding):
+        """-> the sample: the record with its choices and gold letter of this epoch, and text, ids,
+        positions, patches, grids; or error."""
+        choices, gold = choose(record, self.c.seed, epoch)
+        sample = record | dict(choices=choices, gold=gold)
+
+        try:
+            media, problem = decoding.result()
+        except TimeoutError:
+            problem = f"decoding took over {self.c.decode_timeout} s"
+        except ProcessExpired as error:
+            problem = f"decoder died with exit code {error.exitcode}"
         if problem:
             paths = ", ".join(str(path) for _, path in record["media"])
             return sample | dict(error=f"{paths}: {problem}")
 
         grids = [grid for _, grid in media]
-        width = 3 * self.vision.temporal_patch_size * self.vision.patch_size**2
-        none = np.empty((0, width), np.uint8)
+        none = np.empty((0, 3 * PAIR * PATCH**2), np.uint8)
         patches = np.concatenate([none, *(patches for patches, _ in media)])
         text, ids = self.encode(record, choices, grids)
         return sample | dict(
@@ -1366,50 +1254,46 @@ class VideoDataset:
             grids=grids,
         )
 
-    def decode(self, record):
-        """The child's work: the record's media -> [(patches, grid)]."""
-        media = []
-        for kind, path in record["media"]:
-            frames = read_media(kind, path, self.size, self.c.fps, self.c.max_frames)
-            patches, grid = to_patches(frames, self.vision)
-            media.append((patches.numpy(), grid))
-        return media
-
     def encode(self, record, choices, grids):
         """-> (prompt text, ids with as many placeholders as each grid has merged patches)."""
         messages = record.get("messages") or build_messages(record, choices)
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        merged = [t * h * w // self.vision.spatial_merge_size**2 for t, h, w in grids]
-        counts = iter(merged)
+
+        grids = iter(grids)
         ids = []
         for token in self.tokenizer(text, add_special_tokens=False).input_ids:
-            placeholder = token in (self.config.image_token_id, self.config.video_token_id)
-            ids += [token] * (next(counts) if placeholder else 1)
+            count = 1
+            if token in (self.config.image_token_id, self.config.video_token_id):
+                count = math.prod(next(grids)) // MERGE**2
+            ids += [token] * count
         return text, ids
 
     def check_lengths(self, limit):
         """A prompt (with its response) over `limit` tokens, its video at max_frames, ends the
         program: never cut (trap 5)."""
-        side = self.size // self.vision.patch_size
-        times = dict(video=self.c.max_frames // 2, image=1)
+        side = self.size // PATCH
+        t = dict(video=self.c.max_frames // PAIR, image=1)
         problems = []
         for record in self.records:
-            choices = record.get("choices")
-            if not choices:  # the longest that can be drawn; a chat row has none
-                negatives = sorted(record.get("negatives", []), key=len)
-                choices = [record.get("answer"), *negatives[-3:]]
-            grids = [(times[kind], side, side) for kind, _ in record["media"]]
+            negatives = sorted(record.get("negatives", []), key=len)
+            drawn = [record.get("answer"), *negatives[-3:]]  # the longest that can be
+            grids = [(t[kind], side, side) for kind, _ in record["media"]]
+            _, ids = self.encode(record, record.get("choices") or drawn, grids)
             response = self.tokenizer(record.get("response", ""), add_special_tokens=False)
-            length = len(self.encode(record, choices, grids)[1]) + len(response.input_ids)
+            length = len(ids) + len(response.input_ids)
             if length > limit:
-                name = record["sample_id"]
-                problems.append(
-                    f"sample_id {name}: up to {length} tokens, over the limit of {limit}"
-                )
+                name = f"sample_id {record['sample_id']}"
+                problems.append(f"{name}: up to {length} tokens, over the limit of {limit}")
+
         if problems:
             fail(*problems)
+
+
+@cache
+def permutation(count, seed, epoch):
+    return random.Random(repr((seed, epoch))).sample(range(count), count)
 
 
 def choose(record, seed, epoch):
@@ -1433,47 +1317,30 @@ def build_messages(record, choices):
     return [dict(role="user", content=content)]
 
 
-class Decoder:
-    """decode(*inputs) in a child process, because decord can hang for ever holding the GIL (trap
-    14), or crash. A child serves many samples; a timer ends one that takes too long over a sample,
-    and the next sample gets a new child."""
+def decoding_pool(workers):
+    """Processes that decode a sample at a time, each within a time limit: a decoder can crash, or
+    hang for ever holding the GIL (trap 14). A new process takes the place of one that is ended."""
+    CONSTS.term_timeout = 0  # who hangs would not hear a request to leave
+    fork = multiprocessing.get_context("fork")
+    return ProcessPool(max(1, workers), initializer=start_decoding, context=fork)
 
-    def __init__(self, decode, seconds):
-        self.decode, self.seconds, self.parent = decode, seconds, None
 
-    def __call__(self, *inputs):
-        """-> (result, None), or (None, what went wrong)."""
-        if self.parent != os.getpid():  # a fork of the parent has no child yet
-            (self.pipe, theirs), self.parent = multiprocessing.Pipe(), os.getpid()
-            self.child = os.fork()
-            if self.child == 0:
-                self.pipe.close()
-                try:
-                    self.serve(theirs)
-                finally:
-                    os._exit(0)  # the parent has left
-            theirs.close()
-        try:
-            self.pipe.send(inputs)
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            end = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
-            self.parent = None
-            timeout = f"decoding took over {self.seconds} s"
-            return None, {-signal.SIGALRM: timeout}.get(end, f"decoder died with exit code {end}")
+def start_decoding():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is for the loop, which ends its step first
+    torch.set_num_threads(1)  # the parent's thread pool was not forked
 
-    def serve(self, pipe):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends it, whoever holds the GIL
-        torch.set_num_threads(1)  # the parent's thread pool was not forked
-        while True:
-            inputs = pipe.recv()
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
-            try:
-                result = self.decode(*inputs), None
-            except Exception as error:  # whatever a decoder raises is this sample's failure
-                result = None, f"{type(error).__name__}: {error}".splitlines()[0]
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(result)
+
+def decode(media, size, fps, max_frames):
+    """A record's [(kind, path)] -> ([(patches, grid)], None), or (None, what went wrong)."""
+    found = []
+    try:
+        for kind, path in media:
+            frames = read_media(kind, path, size, fps, max_frames)
+            patches, grid = to_patches(frames)
+            found.append((patches.numpy(), grid))
+    except Exception as error:  # whatever a decoder raises is this sample's failure
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    return found, None
 
 
 def read_media(kind, path, size, fps, max_frames):
@@ -1489,10 +1356,9 @@ def read_media(kind, path, size, fps, max_frames):
     reader = decord.VideoReader(str(path), num_threads=1)
     indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-    resized = []
-    for frame in frames.split(1):  # one by one: less memory
-        frame = F.interpolate(frame.float(), size=(size, size), mode="bicubic", antialias=True)
-        resized.append(frame.round().clamp(0, 255).byte())
+    resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
+    # One by one: less memory.
+    resized = [resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)]
     return torch.cat(resized).permute(0, 2, 3, 1)
 
 
@@ -1503,17 +1369,15 @@ def frame_indices(total, video_fps, fps, max_frames):
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
-def to_patches(frames, vision):
+def to_patches(frames):
     """uint8 frames [T, height, width, 3] -> (patches [t*h*w, 1176] uint8, grid (t, h, w)); rows are
     ordered (t, h/2, w/2, 2, 2), columns (channel, 2 frames, 14, 14)."""
-    tp = vision.temporal_patch_size
-    p = vision.patch_size
-    m = vision.spatial_merge_size
-    t = frames.shape[0] // tp
-    h = frames.shape[1] // p
-    w = frames.shape[2] // p
-    x = frames.reshape(t, tp, h // m, m, p, w // m, m, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return x.reshape(t * h * w, 3 * tp * p * p), (t, h, w)
+    t = len(frames) // PAIR
+    h = frames.shape[1] // PATCH
+    w = frames.shape[2] // PATCH
+    blocks = (t, PAIR, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+    patches = frames.reshape(blocks).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return patches.reshape(t * h * w, 3 * PAIR * PATCH**2), (t, h, w)
 
 
 # === end shared: video_prompt ===
@@ -1524,10 +1388,9 @@ def rank_batches(total, steps, B, accumulation):
     """-> this rank's B positions, in a stream of `total` samples, for each micro-batch; a step's do
     not depend on its division."""
     batches = []
-    for step in steps:
-        for micro_batch in range(accumulation):
-            start = ((step * accumulation + micro_batch) * WORLD + RANK) * B
-            batches.append(list(range(total)[start : start + B]))
+    for micro_batch in range(steps.start * accumulation, steps.stop * accumulation):
+        start = (micro_batch * WORLD + RANK) * B
+        batches.append(range(total)[start : start + B])
     return batches
 
 
@@ -1550,13 +1413,10 @@ def shard(model, device, dtype, offload=False):
     if WORLD == 1 and device.type == "cpu":
         return model
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
-    if local < WORLD:
-        shape, names = (WORLD // local, local), ("replicate", "shard")
-    else:
-        shape, names = (WORLD,), ("shard",)
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
-
+    shape = (WORLD // LOCAL_WORLD, LOCAL_WORLD)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    if LOCAL_WORLD == WORLD:
+        mesh = mesh["shard"]
     # Pinned, a tensor would take the next power of two of host memory.
     place = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(
@@ -1581,33 +1441,53 @@ def gathered(tensor, dtype):
 def blank_sample(config):
     """A vision token and a word: what a rank without a sample computes, with weight zero, so that
     no other waits for it."""
-    vision = config.vision_config
-    m = vision.spatial_merge_size
+    frames = torch.zeros(PAIR, PATCH * MERGE, PATCH * MERGE, 3, dtype=torch.uint8)
+    patches, grid = to_patches(frames)
     ids = [config.image_token_id, 0]
-    grids = [(1, m, m)]
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
-    return dict(
-        ids=torch.tensor(ids),
-        positions=mrope_positions(ids, grids, config),
-        patches=torch.zeros(m * m, width, dtype=torch.uint8),
-        grids=grids,
-    )
+    positions = mrope_positions(ids, [grid], config)
+    return dict(ids=torch.tensor(ids), positions=positions, patches=patches, grids=[grid])
 
 
-def global_sums(device, **values):
+def global_sums(**values):
     """{name: number} -> {name: its sum over the ranks}"""
-    numbers = [float(value) for value in values.values()]
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
+
+
+def learning_rate_at(c, step, steps):
+    """Of a step, counted from 0, of `steps`: a linear warm-up, then the decay to 0."""
+    warmup = min(math.ceil(steps * c.warmup_ratio), steps - 1)
+    if c.lr_scheduler_type == "constant":
+        return c.learning_rate
+    if step < warmup:
+        return c.learning_rate * (step / warmup)
+    share = (steps - step) / (steps - warmup)
+    if c.lr_scheduler_type == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * ((step - warmup) / (steps - warmup))))
+    return c.learning_rate * share
+
+
+def make_optimizer(c, model, checkpoint):
+    """AdamW on the master weights; model and moments go on from the checkpoint, if there is one."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        c.learning_rate,
+        weight_decay=c.weight_decay,
+        fused=torch.cuda.is_available(),
+    )
+    if checkpoint:
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint / "resume"))
+        dcp.load(training_state(model, optimizer), storage_reader=reader)
+    return optimizer
 
 
 def optimizer_step(model, optimizer, learning_rate, max_grad_norm, loss):
     """Clips and applies the gradients -> their norm before. If it or the loss is not finite,
     nothing is applied."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(gathered(norm, torch.float32))
+    norm = gathered(norm, torch.float32).item()
     if math.isfinite(norm + loss):
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
@@ -1615,10 +1495,10 @@ def optimizer_step(model, optimizer, learning_rate, max_grad_norm, loss):
     return norm
 
 
-def lap(log, name, device):
+def lap(log, name):
     """Logs the seconds since the last lap (CUDA's queue is emptied first) and the peak memory,
     allocated or, on CPU, resident."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -1637,23 +1517,18 @@ class Faults:
         self.bad_samples = 0
         self.bad_steps = 0  # in a row
 
-    def count(self, log, failed, bad_samples):
+    def count(self, log, failed):
         """Tells of a step's faults, and ends the run where going on makes no sense. `failed` are
-        this rank's unreadable samples, bad_samples is their number on all ranks."""
-        for s in failed:
-            line = f"step {log['step']}: sample_id {s['sample_id']} left out: {s['error']}"
-            tqdm.write(line, file=sys.stderr)
-        self.bad_samples += int(bad_samples)
-
-        loss = log["loss"]
-        norm = log["grad_norm"]
-        if math.isfinite(loss + norm):
+        this rank's unreadable samples."""
+        told = [f"sample_id {s['sample_id']} left out: {s['error']}" for s in failed]
+        self.bad_samples += log["bad_samples"]
+        self.bad_steps += 1
+        if math.isfinite(log["loss"] + log["grad_norm"]):
             self.bad_steps = 0
-        else:
-            self.bad_steps += 1
-            if RANK == 0:
-                line = f"step {log['step']} not applied: loss {loss}, gradient norm {norm}"
-                tqdm.write(line, file=sys.stderr)
+        elif RANK == 0:
+            told.append(f"not applied: loss {log['loss']}, gradient norm {log['grad_norm']}")
+        for line in told:
+            tqdm.write(f"step {log['step']}: {line}", file=sys.stderr)
 
         if self.bad_samples > self.max_bad_samples or self.bad_steps == 3:
             fail(
@@ -1672,25 +1547,29 @@ def catch_signals():
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, catch)
-    signal.signal(signal.SIGINT, catch)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
     return caught
 
 
 def append_rows(path, rows):
-    """JSON lines; what is not finite stands as NaN or Infinity, as Python's json reads it."""
-    with open(path, "a") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Rank 0 appends JSON lines; a number that is not finite stands as NaN or Infinity."""
+    if RANK == 0:
+        with open(path, "a") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def log_step(c, log):
-    """Appends a step's row to metrics.jsonl, and sends it to wandb if --wandb says so."""
-    row = {key: value for key, value in log.items() if key != "clock"}
-    append_rows(Path(c.output_dir, "metrics.jsonl"), [row])
-    if c.wandb:
-        import wandb
+def log_step(c, log, bar, shown):
+    """A step's row for metrics.jsonl; the `shown` numbers stand behind the progress bar."""
+    del log["clock"]
+    append_rows(Path(c.output_dir, "metrics.jsonl"), [log])
+    if log["step"] % c.logging_steps == 0:
+        bar.set_postfix({key: f"{log[key]:.3f}" for key in shown})
 
-        wandb.log(row, step=row["step"])
+
+def leave(step, caught):
+    tqdm.write(f"stopped after step {step}; --resume_from_checkpoint auto goes on", file=sys.stderr)
+    sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
 
 def open_run(c, config, dtype):
@@ -1700,13 +1579,11 @@ def open_run(c, config, dtype):
     What came after that step is removed: later checkpoints, the logs' later rows."""
     output_dir = Path(c.output_dir)
     checkpoint = checkpoint_to_resume(c, output_dir)
-    start = int(checkpoint.name[11:]) if checkpoint else 0
-    if c.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):
-        fail(f"--wandb {c.wandb}: the package is not there; `pip install wandb`")
+    start = step_of(checkpoint) if checkpoint else 0
 
-    packages = ("torch", "transformers", "decord", "numpy", "pillow")
+    packages = "torch transformers decord numpy pillow".split()
     config.run = asdict(c) | dict(
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions={name: version(name) for name in packages},
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         world_size=WORLD,
     )
@@ -1717,10 +1594,6 @@ def open_run(c, config, dtype):
         output_dir.mkdir(parents=True, exist_ok=True)
         cut_back(output_dir, start)
         config.save_pretrained(output_dir)
-        if c.wandb:
-            import wandb
-
-            wandb.init(project=c.wandb, name=c.output_dir, config=config.run)
     barrier()
     return checkpoint, start
 
@@ -1728,7 +1601,7 @@ def open_run(c, config, dtype):
 def checkpoint_to_resume(c, output_dir):
     """The checkpoint that the flags ask for, or None. A restart by torchrun finds it by itself."""
     resume_from = c.resume_from_checkpoint
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if RESTARTS > 0:
         resume_from = "auto"
 
     taken = (output_dir / "metrics.jsonl").exists() and not resume_from
@@ -1755,7 +1628,7 @@ def checkpoint_to_resume(c, output_dir):
 def cut_back(output_dir, start):
     """Removes what a run wrote after step `start`; half a line, as a kill leaves it, goes too."""
     for later in checkpoints(output_dir):
-        if int(later.name[11:]) > start:
+        if step_of(later) > start:
             shutil.rmtree(later)
 
     for name in ("metrics.jsonl", "rollouts.jsonl", "audit.jsonl"):
@@ -1771,11 +1644,15 @@ def cut_back(output_dir, start):
 
 def checkpoints(output_dir):
     """A run's complete checkpoints, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[11:]))
+    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".tmp"]
+    return sorted(found, key=step_of)
 
 
-def save_checkpoint(c, step, model, optimizer, source, dtype):
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def save_checkpoint(c, step, model, optimizer, source):
     """output_dir/checkpoint-<step>: a model folder, and in resume/ the shards of training_state.
 
     Written beside, synced, then renamed: a kill at any moment leaves the last complete one. The
@@ -1786,7 +1663,7 @@ def save_checkpoint(c, step, model, optimizer, source, dtype):
         shutil.rmtree(beside, ignore_errors=True)  # a kill's leftover, if there is one
     barrier()
 
-    save_model(model, beside, source, dtype)
+    save_model(model, beside, source)
     writer = dcp.HuggingFaceStorageWriter(str(beside / "resume"), save_distributed=True)
     dcp.save(training_state(model, optimizer), storage_writer=writer)
     os.sync()
@@ -1801,30 +1678,22 @@ def save_checkpoint(c, step, model, optimizer, source, dtype):
     barrier()
 
 
-def load_checkpoint(checkpoint, model, optimizer):
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint / "resume"))
-    dcp.load(training_state(model, optimizer), storage_reader=reader)
-
-
 def training_state(model, optimizer):
     """{name: tensor}: weights, moments, step counts, all that training goes on from; zero moments
     before the first step."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    state = {}
-    for name, value in (weights | moments).items():
-        if isinstance(value, torch.Tensor):
-            state[name] = value if value.dim() else value.view(1)
-    return state
+    state = {name: z for name, z in (weights | moments).items() if isinstance(z, torch.Tensor)}
+    return {name: z if z.dim() else z.view(1) for name, z in state.items()}
 
 
-def save_model(model, folder, source, dtype):
+def save_model(model, folder, source):
     """Writes a folder that transformers loads: safetensors (sharded above 5 GB), config.json with
     the run's settings in it, and the tokenizer's and processor's files of `source`, where the model
     came from. Rank 0 writes what all ranks gather."""
     state = {}
     for name, p in model.state_dict().items():
-        whole = gathered(p, dtype)
+        whole = gathered(p, model.config.dtype)
         if RANK == 0:
             state[name] = whole.cpu()
 
@@ -1845,10 +1714,15 @@ def save_model(model, folder, source, dtype):
 def parse_config(config_class, toy_presets, argv=None):
     """argv -> config_class; --toy makes its presets the defaults. An unknown flag or an impossible
     value ends the program."""
+    source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .+  # (.+)$", source, re.M))
+    for f in fields(config_class):
+        f.metadata = dict(help=comments[f.name])
+
     parser = HfArgumentParser(
         config_class,
         allow_abbrev=False,
-        description=sys.modules[config_class.__module__].__doc__,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = fail
@@ -1858,14 +1732,12 @@ def parse_config(config_class, toy_presets, argv=None):
 
     problems = []
     holds = {"above": operator.gt, "at least": operator.ge, "at most": operator.le}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        limits = re.findall(r"(above|at least|at most) (-?\d+(?:\.\d+)?)", f.metadata["help"])
-        for word, limit in limits:
-            if value is None:
-                continue
-            if not holds[word](value, float(limit)) or not value < math.inf:
-                problems.append(f"--{f.name} {value}: must be a number {word} {limit}")
+    for name, comment in comments.items():
+        value = getattr(config, name)
+        limits = re.findall(r"(above|at least|at most) (-?\d+)", comment)
+        for word, limit in limits if value is not None else []:
+            if not (holds[word](value, int(limit)) and value < math.inf):
+                problems.append(f"--{name} {value}: must be a number {word} {limit}")
     if problems:
         fail(*problems)
     return config
@@ -1877,17 +1749,14 @@ def set_up(toy):
     device = torch.device("cpu")
     dtype = torch.float32
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", LOCAL_RANK)
         dtype = torch.bfloat16
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every length
 
-    if WORLD == 1:
-        store = dist.HashStore()
-    else:
-        store = next(dist.rendezvous("env://"))[0]
+    store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]
     # After a restart torchrun's store still holds the dead ranks' addresses: each try has its own.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(str(RESTARTS), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=store)
 
@@ -1895,7 +1764,7 @@ def set_up(toy):
         torch.set_num_threads(1)  # its matrices are too small to share
         maker = HERE / "toy/make_toy.py"
         if RANK == 0 and not (HERE / "toy/model").exists():
-            if subprocess.call([sys.executable, maker]) != 0:
+            if subprocess.call([sys.executable, maker]):
                 fail(
                     f"--toy: {maker}, which stands beside this script in its repository, "
                     "did not build the toy"
@@ -1915,16 +1784,16 @@ def find_model(name):
     try:
         if not Path(name).is_dir():
             name = snapshot_download(name, ignore_patterns=["*.bin"])
-    except (OSError, errors.HFValidationError) as error:
+    except (OSError, ValueError) as error:
         fail(
             f"--model {name}: no such folder, and the hub gave nothing "
             f"({str(error).splitlines()[0]}); `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir "
             "DIR` fetches the paper's model; `grpo_video.py --toy` needs no download"
         )
-    wanted = ("config.json", "tokenizer_config.json")
-    absent = [file for file in wanted if not Path(name, file).is_file()]
-    if absent:
-        fail(f"--model {name}: holds no {' and no '.join(absent)}, as a Qwen2-VL checkpoint does")
+
+    for file in ("config.json", "tokenizer_config.json"):
+        if not Path(name, file).is_file():
+            fail(f"--model {name}: holds no {file}, as a Qwen2-VL checkpoint does")
     return Path(name)
 
 

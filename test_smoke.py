@@ -12,13 +12,15 @@ run the plain way. Last, the scripts as text: their shared blocks, and whether t
 import ast
 import copy
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-from itertools import zip_longest
+import tokenize
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -37,6 +39,7 @@ from grpo_video import (
     global_sums,
     group_advantages,
     k3_kl,
+    load_batches,
     load_model,
     load_records,
     mrope_positions,
@@ -44,7 +47,7 @@ from grpo_video import (
     token_weights,
     update,
 )
-from sft_video import parse_chat, supervise
+from sft_video import Config, parse_chat, supervise
 from toy import make_toy
 
 ROOT = Path(__file__).resolve().parent
@@ -368,7 +371,6 @@ def run_update(model, groups, lr, optimizer=torch.optim.SGD, **changes):
     for group in groups:
         group.signal = float(group.advantages.abs().sum())
     totals = global_sums(
-        CPU,
         sequences=sum(group.mask.any(-1).sum() for group in groups),
         tokens=sum(group.mask.sum() for group in groups),
     )
@@ -382,9 +384,9 @@ def test_supervised_tokens(toy):
     config = load_model(toy / "init", CPU, torch.float32).config
     annotations = toy / "data/annotations/training_with_cot_6k.jsonl"
     records = load_records(annotations, toy / "data", parse_chat)[:2]
-    settings = SimpleNamespace(frame_size=56, decode_timeout=60.0, fps=2.0, max_frames=8, seed=0)
+    settings = Config(frame_size=56, max_frames=8)
     dataset = VideoDataset(records, tokenizer, config, settings, shuffle=False)
-    samples = [dataset[0], dataset[1]]
+    [samples] = load_batches(dataset, [[0, 1]], 0)
     samples[1]["response"] = "<answer>B"
 
     prompts, responses, mask = supervise(samples, tokenizer, config, CPU, torch.float32)
@@ -942,6 +944,198 @@ def copy_blocks(blocks, other):
         (ROOT / other).write_text(text)
         print(f"{other}: replaced {', '.join(changed)}")
     return problems
+
+
+# ---- The scripts as text: can they be read? ------------------------------------------------------
+LARGEST = {"grpo_video.py": 13_400, "sft_video.py": 10_400, "eval_video.py": 11_400}  # tokens
+ALLOWED = {"nested comprehensions": 2, "two ideas in a pair": 3}  # of the rest none
+LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
+COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@pytest.mark.parametrize("name", [*LARGEST, "test_smoke.py"])
+def test_scripts_can_be_read(name):
+    """One idea a statement, short functions, and what is a script's own first.
+
+    Its size is counted in tokens, which long lines can't hide.
+    """
+    source = (ROOT / name).read_text()
+    problems = page_problems(source)
+    if name in LARGEST:
+        problems += script_problems(name, source, LARGEST[name])
+    assert problems == [], "\n".join([name, *problems])
+
+
+@pytest.mark.parametrize("command", ["format --check", "check"])
+def test_layout(command):
+    """`ruff format` would change nothing in this repository, and `ruff check` has no complaint."""
+    line = [sys.executable, "-m", "ruff", *command.split(), str(ROOT)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def function(lines, name="f"):
+    return f"def {name}():\n" + "    x\n" * (lines - 1)
+
+
+@pytest.mark.parametrize(
+    "problem, good, bad",
+    [
+        ("over 100 columns", "x" * 100, "x" * 101),
+        ("12.0 tokens a line", "f(a, b, c, -d,)", "f(a, b, c, d, e)"),
+        ("a long function", function(60), function(61)),
+        ("a long function", function(129, "main"), function(130, "main")),
+        ("no blank line", function(13), function(14)),
+        ("no blank line", function(14).replace("x\n", "x\n\n", 1), function(14)),
+        ("an expression for its effect", "x = f() if y else g()", "f() if y else g()"),
+        ("an expression for its effect", "x = y and f()", "y and f()"),
+        ("an expression for its effect", "x = [f(y) for y in z]", "[f(y) for y in z]"),
+        ("an expression for its effect", "lambda: f()", "lambda: (f(), g())"),
+        ("two ideas in a pair", "a, b = f(), 1\n" * 3, "a, b = f(), 1\n" * 4),
+        ("two ideas in a pair", "a, b = b, a\n" * 4, "a, b = (x if y else z), 1\n" * 4),
+        ("nested comprehensions", "[{x} for x in y]\n" * 3, "[x for y in z for x in y]\n" * 3),
+        (
+            "nested comprehensions",
+            "[{x for x in y} for y in z]\n" * 2,
+            "[{x for x in y} for y in z]\n" * 3,
+        ),
+    ],
+)
+def test_the_page_check_sees(problem, good, bad):
+    """Each measure fires, and not before its limit."""
+    assert problem not in str(page_problems(good))
+    assert problem in str(page_problems(bad))
+
+
+def test_the_script_check_sees():
+    """A script that is too large, whose `main` is late, or that defines something behind it."""
+    start = "if __name__ == '__main__':\n    main()\n"
+    main = "def main():\n    f()\n\n\n"
+    script = main + "# A banner\n" + BLOCK_X + start  # 8 tokens, 7 in the block, and 8
+    assert script_problems("a.py", script, 23) == []
+    assert script_problems("a.py", script, 22) == ["23 tokens of code, more than 22"]
+
+    late = "\n" * 20 + script
+    assert script_problems("a.py", late, 23) == ["line 22: main ends in the second half"]
+    astray = script.replace(start, "C = 1\n" + start)
+    assert script_problems("a.py", astray, 26) == ["line 10: behind main, in no shared block"]
+
+
+def test_code_tokens():
+    """The line of each token: docstrings, comments and last commas apart; an f-string is one."""
+    source = '"""What."""\nx = f(  # why\n    1,\n    f"{y + 1} z",\n)\n'
+    # x = f (   and   1 ,   and   f"{y + 1} z"   and   )
+    assert code_tokens(source) == [2, 2, 2, 2, 3, 3, 4, 5]
+
+
+def page_problems(source):
+    """-> what makes any source hard to read."""
+    problems = []
+    for what, lines in hard_places(source).items():
+        if len(lines) > ALLOWED.get(what, 0):
+            problems.append(f"{what}: lines {sorted(lines)}")
+
+    tokens = code_tokens(source)
+    density = round(len(tokens) / len(set(tokens)), 1)
+    if density > 11.5:
+        problems.append(f"{density} tokens a line")
+    return problems
+
+
+def hard_places(source):
+    """-> {what is hard to read: the numbers of the lines where it is}."""
+    lines = source.splitlines()
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef)]
+    comprehensions = {n for n in nodes if isinstance(n, COMPREHENSION)}
+    nested = {n for n in comprehensions if len(n.generators) > 1}
+    for outer in comprehensions:
+        nested |= comprehensions & set(ast.walk(outer)) - {outer}
+
+    return {
+        "over 100 columns": [i for i, line in enumerate(lines, 1) if len(line) > 100],
+        "a long function": [f.lineno for f in functions if is_long(f)],
+        "no blank line": [f.lineno for f in functions if is_solid(f, lines)],
+        "an expression for its effect": [n.lineno for n in nodes if is_effect(n)],
+        "two ideas in a pair": [n.lineno for n in nodes if is_pair(n)],
+        "nested comprehensions": [n.lineno for n in nested],
+    }
+
+
+def is_long(f):
+    """Over 60 lines; `main` may have 129."""
+    limit = 129 if f.name == "main" else 60
+    return f.end_lineno - f.lineno + 1 > limit
+
+
+def is_solid(f, lines):
+    """Over 12 lines without a blank one."""
+    inside = lines[f.lineno : f.end_lineno]
+    return len(inside) > 12 and all(line.strip() for line in inside)
+
+
+def is_effect(node):
+    """A choice or a comprehension that stands as a statement, or a lambda of several parts."""
+    if isinstance(node, ast.Lambda):
+        return isinstance(node.body, (ast.Tuple, ast.ListComp))
+    effects = (ast.IfExp, ast.BoolOp, *COMPREHENSION)
+    return isinstance(node, ast.Expr) and isinstance(node.value, effects)
+
+
+def is_pair(node):
+    """`a, b = f(x), y`: a tuple on both sides, with a call or a choice on the right."""
+    match node:
+        case ast.Assign(targets=[ast.Tuple(), *_], value=ast.Tuple(elts=parts)):
+            ideas = (ast.Call, ast.IfExp, *COMPREHENSION)
+            return any(isinstance(part, ideas) for part in parts)
+    return False
+
+
+def script_problems(script, source, largest):
+    """-> what is wrong with a script's size, with the place of `main`, and with what follows it."""
+    problems = []
+    size = len(code_tokens(source))
+    if size > largest:
+        problems.append(f"{size} tokens of code, more than {largest}")
+
+    statements = ast.parse(source).body
+    blocks, _ = find_blocks(script, source)
+    main = next(s for s in statements if getattr(s, "name", "") == "main")
+    if main.end_lineno >= len(source.splitlines()) / 2:
+        problems.append(f"line {main.end_lineno}: main ends in the second half")
+
+    for statement in statements[statements.index(main) + 1 :]:
+        start = ast.unparse(statement).startswith("if __name__ == ")
+        if not start and block_of(statement, blocks) is None:
+            problems.append(f"line {statement.lineno}: behind main, in no shared block")
+    return problems
+
+
+def code_tokens(source):
+    """-> the line of each token of code; comments, docstrings and last commas are none."""
+    tokens = []
+    inside = 0  # an f-string, which Python 3.12 cuts into its parts
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind not in LAYOUT and not inside:
+            tokens.append(token)
+        if kind == "FSTRING_START":
+            inside += 1
+        if kind == "FSTRING_END":
+            inside -= 1
+
+    # A formatter puts a comma before a bracket that it moves to a line of its own.
+    ends = (")", "]", "}")
+    skipped = {a.start for a, b in pairwise(tokens) if a.string == "," and b.string in ends}
+
+    prose = set()
+    for node in ast.walk(ast.parse(source)):
+        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if is_documented and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            prose |= set(range(docstring.lineno, docstring.end_lineno + 1))
+    lines = [token.start[0] for token in tokens if token.start not in skipped]
+    return [line for line in lines if line not in prose]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import decord
@@ -246,10 +247,8 @@ def print_rates(make_dataset, samples, frames):
     """Samples a second of load_batches, by number of workers; a sample has so many frames."""
     print("\n| workers | samples/s | frames/s |\n|---|---|---|")
     for workers in (0, 1, 2):
-        # A new dataset: the last one has a decoding child by now, which forked workers must not
-        # share.
-        data = make_dataset()
-        warm_up = max(1, workers)  # each worker's first sample starts its processes
+        data = make_dataset(workers)  # load_batches stops its processes at the end
+        warm_up = max(1, workers)  # each process is started by its first sample
         positions = [[i] for i in range(samples + warm_up)]
         batches = iter(g.load_batches(data, positions, workers))
         for _ in range(warm_up):
@@ -345,15 +344,16 @@ def main():
         indices = open_clip(video, image, c)
         records = make_records(video, image, args.samples + 2)
 
-        def make_dataset():
-            return g.VideoDataset(records, tokenizer, config, c)
+        def make_dataset(workers):
+            settings = replace(c, dataloader_num_workers=workers)
+            return g.VideoDataset(records, tokenizer, config, settings)
 
-        data = make_dataset()
+        data = make_dataset(1)
         decoded = clock_all(ways_to_decode(video, indices, data.size), args.repetitions)
         decode, frames = next(iter(decoded.values()))
         resized = clock_all(ways_to_resize(frames, data.size), args.repetitions)
         resize, small = next(iter(resized.values()))
-        cut, _ = clock(lambda: g.to_patches(small, data.vision), args.repetitions)
+        cut, _ = clock(lambda: g.to_patches(small), args.repetitions)
         still, _ = clock(
             lambda: g.read_media("image", image, data.size, c.fps, c.max_frames), args.repetitions
         )

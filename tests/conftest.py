@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pebble import ProcessPool
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +32,26 @@ def tiny_model(tmp_path_factory):
         return make_tiny(tmp_path_factory.mktemp("tiny"), **changes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_decoder_outlives_its_test(monkeypatch):
+    """Stops the processes of datasets that a test took single samples from, as load_batches does.
+
+    Left running, they would pile up, and hold each other's pipes open when pytest is killed.
+    """
+    pools = []
+    make_pool = ProcessPool.__init__
+
+    def make_and_note(pool, *args, **options):
+        make_pool(pool, *args, **options)
+        pools.append(pool)
+
+    monkeypatch.setattr(ProcessPool, "__init__", make_and_note)
+    yield
+    for pool in pools:
+        pool.stop()
+        pool.join()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,13 @@
 """tools/analyze.py: attention weights against SDPA and transformers, a response's parts.
 
-And consistency, heatmaps, a split whole.
+And consistency, heatmaps, a split whole, the command and what it refuses.
 """
 
 import json
 import math
+import os
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import eval_video as e
@@ -38,11 +42,10 @@ def tokenizer(toy):
 
 @pytest.fixture
 def settings():
-    """make(**changes) -> what eval_video.py's Config says, as far as the analysis reads it."""
+    """make(**changes) -> what the Config says, as far as the analysis of a split reads it."""
     defaults = dict(
         seed=42,
         ablate="none",
-        reference="",
         heatmaps=0,
         max_frames=8,
         fps=2.0,
@@ -350,8 +353,8 @@ def test_heatmap(tiny_model):
     rng = np.random.default_rng(0)
     video = torch.from_numpy(rng.integers(0, 256, (4, 56, 84, 3), dtype=np.uint8))
     still = torch.from_numpy(rng.integers(0, 256, (1, 56, 84, 3), dtype=np.uint8))
-    x, grid = e.to_patches(video, config)
-    y, still_grid = e.to_patches(still.expand(2, -1, -1, -1), config)
+    x, grid = e.to_patches(video)
+    y, still_grid = e.to_patches(still.expand(2, -1, -1, -1))
     heat = torch.zeros(18)  # 3 columns of 2 x 3 merged patches
     heat[6 + 2] = 1.0  # the second pair's upper right
     heat[12 + 3] = 0.5  # the image's lower left
@@ -404,7 +407,8 @@ def test_a_split(toy, tokenizer, settings, alone, tmp_path, monkeypatch):
 
     monkeypatch.setattr(a, "heatmap", watch)
     model = e.load_model(toy / "init", CPU, torch.float32)
-    summary = a.analyze(settings(heatmaps=3), L1, rows, records, model, tokenizer, tmp_path)
+    c = settings(heatmaps=3)
+    summary = a.analyze(c, L1, rows, records, model, None, tokenizer, tmp_path)
     found = analysis_rows(tmp_path)
     check_rows(found, rows, records)
     check_summary(summary, found)
@@ -501,39 +505,43 @@ def test_sums_by_hand():
     assert empty == "| L2 | 0 |  |  |  |  |  |  |  |  |"
 
 
-def test_a_reference_sees(toy, tokenizer, settings, alone, tmp_path, capsys):
-    """The reference is not the one that judges, is not checked, or is read again for each split."""
+def test_a_reference_sees(toy, tokenizer, settings, alone, tmp_path):
+    """The reference is not the one that judges."""
     records, rows = split_of(toy, tokenizer, [GOOD])
     model = e.load_model(toy / "init", CPU, torch.float32)
-    folder = str(toy / "init")
-    referred = settings(reference=folder)
-    own = a.analyze(settings(), L1, rows, records, model, tokenizer, tmp_path)
-    same = a.analyze(referred, L1, rows, records, model, tokenizer, tmp_path)
+    reference = e.load_model(toy / "init", CPU, torch.float32)
+    own = a.analyze(settings(), L1, rows, records, model, None, tokenizer, tmp_path)
+    same = a.analyze(settings(), L1, rows, records, model, reference, tokenizer, tmp_path)
     assert same["p_answer"] == pytest.approx(own["p_answer"])
     assert same["p_answer_blind"] is None
     assert own["p_answer_blind"] is not None
-    assert a.load_reference(folder, CPU, torch.float32)[0] is not model
-    assert a.load_reference.cache_info().misses == 1
-
-    other = SimpleNamespace(get_vocab=dict)
-    for folder, problem in (
-        (toy / "data", "holds no config.json"),
-        (toy / "init", "its vocabulary is not --model's"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            a.analyze(settings(reference=str(folder)), L1, rows, records, model, other, tmp_path)
-        assert end.value.code == 2
-        assert f"--reference {folder}: {problem}" in capsys.readouterr().err
 
 
-def test_rows_without_ids_are_refused(toy, tokenizer, settings, alone, tmp_path, capsys):
-    """Rows of before responses' ids were kept: an error that says what to do, not a KeyError."""
-    records, rows = split_of(toy, tokenizer, [GOOD, GOOD])
-    del rows[1]["ids"]
-    with pytest.raises(SystemExit) as end:
-        a.analyze(settings(), L1, rows, records, None, tokenizer, tmp_path)
-    assert end.value.code == 2
-    assert "delete that folder" in capsys.readouterr().err
+def test_shuffled_frames_stay_shuffled(toy, tokenizer, settings, alone, tmp_path, monkeypatch):
+    """What --ablate shuffle_frames asked is analysed with the frames in their own order."""
+    records, rows = split_of(toy, tokenizer, [GOOD] * 6)
+    model = e.load_model(toy / "init", CPU, torch.float32)
+    seen = {}
+
+    def watch(model, reference, tokenizer, row, sample, kinds, picture):
+        seen[row["sample_id"]] = sample["patches"]
+        return analyze_sample(model, reference, tokenizer, row, sample, kinds, picture)
+
+    analyze_sample = a.analyze_sample
+    monkeypatch.setattr(a, "analyze_sample", watch)
+    c = settings(ablate="shuffle_frames")
+    a.analyze(c, L1, rows, records, model, None, tokenizer, tmp_path)
+
+    dataset = e.VideoDataset([*records.values()], tokenizer, model.config, c, shuffle=False)
+    changed = 0
+    for position, name in enumerate(records):
+        plain = dataset[position]
+        assert torch.equal(seen[name], e.shuffle_frames(plain)["patches"])
+        changed += not torch.equal(seen[name], plain["patches"])
+    dataset.pool.stop()
+    dataset.pool.join()
+    assert len(seen) == 6
+    assert changed > 0
 
 
 def test_ranks_share_a_split(toy, tokenizer, settings, tmp_path, monkeypatch):
@@ -542,19 +550,222 @@ def test_ranks_share_a_split(toy, tokenizer, settings, tmp_path, monkeypatch):
     model = e.load_model(toy / "init", CPU, torch.float32)
     parts = []
 
-    def gather(found):
+    def gather(lists):
         """Stands in for gather_rows: rank 1's rows come first, and lie behind rank 0's."""
-        parts.append(found)
+        parts.extend(lists)
         return sum(reversed(parts), [])
 
     monkeypatch.setattr(e, "WORLD", 2)
     monkeypatch.setattr(e, "gather_rows", gather)
     for rank in (1, 0):
         monkeypatch.setattr(e, "RANK", rank)
-        summary = a.analyze(settings(), L1, rows, records, model, tokenizer, tmp_path)
+        summary = a.analyze(settings(), L1, rows, records, model, None, tokenizer, tmp_path)
 
     assert [len(part) for part in parts] == [2, 3]
     assert summary["samples"] == 5
     assert math.isfinite(summary["p_answer"])
     found = [row["sample_id"] for row in analysis_rows(tmp_path)]
     assert found == [1000, 1001, 1003, 1004, 1005]
+
+
+# ---- The command ---------------------------------------------------------------------------------
+EVALUATED = """
+--splits validation_L1 validation_L2 --limit 3 --max_completion_length 8 --batch_size 3
+--max_frames 4 --fps 1 --frame_size 84 --ablate no_video --seed 7 --dataloader_num_workers 0
+"""
+
+
+def run_main(module, *flags):
+    """Runs a module's main() in this process, as its command with these flags would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        try:
+            module.main()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def evaluated(toy):
+    """What eval_video.py wrote of three questions each of L1, L2 and LongVideoBench."""
+    folder = toy / "evaluated"
+    places = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", folder]
+    run_main(e, *places, "--longvideobench", toy / "data", *EVALUATED.split())
+    return folder
+
+
+@pytest.fixture
+def look(toy, evaluated, tmp_path):
+    """look(*flags): tools/analyze.py on L1 of look.folder, a copy of the evaluation.
+
+    A flag that is given twice counts as the second time.
+    """
+    folder = tmp_path / "looked"
+    shutil.copytree(evaluated, folder)
+
+    def run(*flags):
+        places = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", folder]
+        run_main(a, *places, "--splits", L1, *flags)
+
+    run.folder = folder
+    return run
+
+
+def test_the_command_adds_to_an_evaluation(toy, evaluated, look, monkeypatch, capsys):
+    """Something is lost of the summary or added unasked; or a model is read for each split."""
+    opened = []
+    load_model = e.load_model
+
+    def watch(folder, *more):
+        opened.append(folder)
+        return load_model(folder, *more)
+
+    monkeypatch.setattr(e, "load_model", watch)
+    reference = shutil.copytree(toy / "init", look.folder.parent / "reference")
+    capsys.readouterr()
+    look("--longvideobench", toy / "data", "--reference", reference, "--heatmaps", 2)
+    assert opened == [toy / "init", reference]
+
+    before = json.loads((evaluated / "summary.json").read_text())
+    after = json.loads((look.folder / "summary.json").read_text())
+    found = {split: after[split].pop("analysis") for split in (L1, "LVB")}
+    assert after == before
+    assert capsys.readouterr().out == a.table(found) + "\n"
+    for split, analysis in found.items():
+        rows = (look.folder / f"analysis_{split}.jsonl").read_text().splitlines()
+        assert analysis["samples"] == len(rows) == 3
+    # LongVideoBench's questions are a video alone, which was taken away: nothing to draw.
+    drawn = [path.name for path in (look.folder / "heatmaps").iterdir()]
+    assert len(drawn) == 2
+    assert all(name.startswith(L1) for name in drawn)
+
+
+def test_settings_are_the_evaluations(evaluated, look, monkeypatch):
+    """The questions look other than they did when they were answered: by flags or by defaults."""
+    asked = []
+    analyze = a.analyze
+
+    def watch(c, *more):
+        asked.append({key: getattr(c, key) for key in a.LOOKS})
+        return analyze(c, *more)
+
+    monkeypatch.setattr(a, "analyze", watch)
+    look()
+    first = analysis_rows(look.folder)
+    look("--max_frames", 8, "--frame_size", 28, "--ablate", "text_only", "--seed", 1)
+
+    expected = dict(max_frames=4, fps=1.0, frame_size=84, ablate="no_video", seed=7)
+    assert asked == [expected, expected]
+    assert analysis_rows(look.folder) == first
+    assert [row["attention"]["frames"] for row in first] == [[], [], []]
+    assert all(row["attention"]["image"] > 0 for row in first)
+
+
+def test_fewer_questions_than_were_answered(look):
+    """--limit leaves out answers, and does not count them as skipped."""
+    look("--limit", 2)
+    assert [row["sample_id"] for row in analysis_rows(look.folder)] == [1000, 1001]
+    analysis = json.loads((look.folder / "summary.json").read_text())[L1]["analysis"]
+    assert analysis["samples"] == 2
+    assert analysis["skipped"] == 0
+
+
+def other_weights(toy, folder):
+    """-> the toy's untrained model, but for one number."""
+    shutil.copytree(toy / "init", folder)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def other_words(toy, folder):
+    """-> the toy's untrained model, but for one word more."""
+    shutil.copytree(toy / "init", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def other_questions(toy, folder):
+    """-> the toy's data, but for one word of a question."""
+    shutil.copytree(toy / "data", folder, copy_function=os.link)
+    path = folder / f"annotations/{L1}.jsonl"
+    text = path.read_text()
+    path.unlink()  # it is the same file as the toy's
+    first = json.loads(text.partition("\n")[0])["question"]
+    path.write_text(text.replace(first, f"{first} Now?", 1))
+    return folder
+
+
+REFUSED = {
+    "no folder": (
+        lambda toy, tmp_path: ["--output_dir", tmp_path / "none"],
+        "none: holds no predictions of validation_L1 or no summary of them: run eval_video.py",
+    ),
+    "not asked": (
+        lambda toy, tmp_path: ["--splits", L1, "validation_L3"],
+        "looked: holds no predictions of validation_L3 or no summary of them: run eval_video.py",
+    ),
+    "other weights": (
+        lambda toy, tmp_path: ["--model", other_weights(toy, tmp_path / "other")],
+        "looked: its validation_L1 was answered by another model's weights than those in --model",
+    ),
+    "other questions": (
+        lambda toy, tmp_path: ["--data_root", other_questions(toy, tmp_path / "other")],
+        "other: its validation_L1 has other questions than those that were answered",
+    ),
+    "no reference": (
+        lambda toy, tmp_path: ["--reference", toy / "data"],
+        "data: holds no config.json",
+    ),
+    "other words": (
+        lambda toy, tmp_path: ["--reference", other_words(toy, tmp_path / "other")],
+        "other: its vocabulary is not --model's",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags, problem", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(toy, look, tmp_path, monkeypatch, capsys, flags, problem):
+    """Something else than this model's answers to these questions is analysed.
+
+    Or there is more than a line about it, or it comes after the work.
+    """
+    check_refusal(look, flags(toy, tmp_path), problem, monkeypatch, capsys)
+
+
+def check_refusal(look, flags, problem, monkeypatch, capsys):
+    """look(*flags) says one line, with exit code 2, before a model is read and without a trace."""
+
+    def no_work(*given):
+        raise AssertionError("a model is read")
+
+    monkeypatch.setattr(e, "load_model", no_work)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        look(*flags)
+    assert end.value.code == 2
+
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
+    assert not list(look.folder.glob("analysis_*"))
+    assert "analysis" not in (look.folder / "summary.json").read_text()
+
+
+def test_unfinished_evaluations_are_refused(look, monkeypatch, capsys):
+    """An evaluation that was killed has predictions, but no summary that could be added to."""
+    (look.folder / "summary.json").write_text("{}")
+    problem = "holds no predictions of validation_L1 or no summary of them: run eval_video.py first"
+    check_refusal(look, [], problem, monkeypatch, capsys)
+
+
+def test_rows_without_ids_are_refused(look, monkeypatch, capsys):
+    """Rows of before responses' ids were kept: an error that says what to do, not a KeyError."""
+    path = look.folder / f"predictions_{L1}.jsonl"
+    rows = e.read_rows(path)
+    del rows[1]["ids"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check_refusal(look, [], "delete that folder", monkeypatch, capsys)

@@ -1,6 +1,6 @@
 """--audit: a step's loss, recomputed from audit.jsonl as with a calculator, without torch.
 
-And --analyze through the script.
+And two tools on what the scripts wrote: the report's frames, and the analysis.
 """
 
 import json
@@ -27,15 +27,16 @@ grpo_video.reward_of = lambda text, gold, weight: (float(len(text) % 3), None)
 grpo_video.main()
 """
 
+# A frame of 60 x 60 is one of 56 x 56, the nearest multiple of 28.
 AUDITED_RUN = """
---max_frames 4 --frame_size 56 --dataloader_num_workers 0
+--max_frames 4 --frame_size 60 --dataloader_num_workers 0
 --num_generations 4 --max_completion_length 8 --temperature 1.5
 --max_steps 3 --per_device_train_batch_size 2 --learning_rate 1e-3 --audit 2
 """
 
-ANALYZED_RUN = """
+EVALUATED_RUN = """
 --max_frames 8 --frame_size 56 --dataloader_num_workers 0
---limit 5 --max_completion_length 8 --splits validation_L1 --analyze --heatmaps 2
+--limit 5 --max_completion_length 8 --splits validation_L1
 """
 
 
@@ -56,7 +57,7 @@ def run_python(*arguments):
 
 
 def step_loss(completions, beta, epsilon, loss_type, max_length):
-    """README section 4 in plain Python: objects of audit.jsonl -> the step's loss."""
+    """docs/algorithm.md in plain Python: objects of audit.jsonl -> the step's loss."""
     completions = [x for x in completions if any(x["mask"])]
     tokens = sum(sum(x["mask"]) for x in completions)
 
@@ -148,7 +149,7 @@ def test_a_loss_by_calculator(toy, tmp_path, monkeypatch, loss_type, beta, more)
 
 
 def check_the_readmes_table(text, x):
-    """The rows of the README's table are the tokens of this completion in audit.jsonl."""
+    """The rows of docs/auditing.md's table are the tokens of this completion in audit.jsonl."""
     table = re.findall(r"^\| \d+ \| `.*(?= \|$)", text, re.M)
     assert len(table) == sum(x["mask"]) == 9
     for t, line in enumerate(table):
@@ -161,8 +162,8 @@ def check_the_readmes_table(text, x):
 
 
 def test_the_readmes_step(tmp_path):
-    """README section 10's numbers are those of a fresh run of its command."""
-    text = (ROOT / "README.md").read_text().partition("## 10. Auditing a step")[2]
+    """docs/auditing.md's numbers are those of a fresh run of its command."""
+    text = (ROOT / "docs/auditing.md").read_text().partition("## Auditing a step")[2]
     flags = re.search(r"python grpo_video.py (--toy .*) --output_dir", text)[1].split()
     run_python(ROOT / "grpo_video.py", *flags, "--output_dir", tmp_path / "run")
     audit = rows(tmp_path / "run/audit.jsonl")
@@ -197,10 +198,13 @@ def test_the_readmes_step(tmp_path):
 
 
 def test_analyze_through_the_script(toy, tmp_path):
-    """eval_video.py --analyze writes rows, pictures and a summary with all that it held without."""
+    """tools/analyze.py writes rows and pictures, and keeps all that the summary held without."""
     out = tmp_path / "out"
     folders = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", out]
-    output = run_python(ROOT / "eval_video.py", *folders, *ANALYZED_RUN.split())
+    run_python(ROOT / "eval_video.py", *folders, *EVALUATED_RUN.split())
+    before = json.loads((out / "summary.json").read_text())
+    flags = "--splits validation_L1 --heatmaps 2".split()
+    output = run_python(ROOT / "tools/analyze.py", *folders, *flags)
 
     found = rows(out / "analysis_validation_L1.jsonl")
     predictions = rows(out / "predictions_validation_L1.jsonl")
@@ -209,5 +213,6 @@ def test_analyze_through_the_script(toy, tmp_path):
     summary = json.loads((out / "summary.json").read_text())["validation_L1"]
     assert summary["total"] == summary["analysis"]["samples"] == 5
     assert 0 < summary["analysis"]["attention"]["overall"] < 1
+    assert summary == before["validation_L1"] | dict(analysis=summary["analysis"])
     assert len(list((out / "heatmaps").glob("*.png"))) == 2
     assert "| attention on vision |" in output

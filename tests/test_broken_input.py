@@ -1,7 +1,9 @@
 """Wrong flags, annotations and checkpoints, unreadable media: what users are told, what goes on."""
 
+import ast
 import faulthandler
-import importlib
+import inspect
+import io
 import json
 import os
 import re
@@ -13,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +27,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+import eval_video
 import grpo_video as g
 import sft_video
 from test_smoke import CPU, ROOT
-from tools import validate
+from tools import analyze, validate
 from toy import make_toy
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
@@ -141,8 +146,18 @@ def test_wrong_flags(lines, flags, expected):
         assert any(re.search(word, line) for line in told), told
 
 
-@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
-def test_every_number_has_limits(lines, script):
+@pytest.fixture
+def read_once(monkeypatch):
+    """parse_config reads a script's source for its comments: once is enough for a whole test."""
+    monkeypatch.setattr(inspect, "getsource", cache(inspect.getsource))
+
+
+# The three scripts, and a tool that adds two settings to one of them.
+WITH_SETTINGS = dict(grpo=g, sft=sft_video, eval=eval_video, analyze=analyze)
+
+
+@pytest.mark.parametrize("script", WITH_SETTINGS.values(), ids=WITH_SETTINGS)
+def test_every_number_has_limits(lines, read_once, script):
     """No number may be NaN, infinite or far below zero: it would pass silently into a long run."""
     for field in fields(script.Config):
         if field.type is int:
@@ -154,8 +169,73 @@ def test_every_number_has_limits(lines, script):
 
         for value in values:
             flags = [f"--{field.name}={value}"]
-            told = lines(script.parse_config, script.Config, {}, flags)
+            told = lines(g.parse_config, script.Config, {}, flags)
             assert f"--{field.name} " in told[0]
+
+
+def comments(script):
+    """{field of the script's Config: the comment behind it}, those of the Configs it stands on too.
+
+    It is read by Python's own tokenizer and parser.
+    """
+    found = {}
+    for config in script.Config.__mro__[:-1]:
+        source = inspect.getsource(config)
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        behind = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                found[node.target.id] = behind[node.lineno].removeprefix("# ")
+    return found
+
+
+@pytest.mark.parametrize("script", WITH_SETTINGS.values(), ids=WITH_SETTINGS)
+def test_help(script, monkeypatch, capsys):
+    """--help tells what a script does, and each field of its Config as a flag with its comment.
+
+    Nothing else happens, and the exit code is 0.
+    """
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--help"])
+    monkeypatch.setattr(os, "environ", os.environ | dict(COLUMNS="200"))
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 0
+    assert err == ""
+    assert script is analyze or script.__doc__.splitlines()[0] in out
+
+    told = " ".join(out.split())
+    said = comments(script)
+    assert set(said) == {field.name for field in fields(script.Config)}
+    for name, comment in said.items():
+        assert len(comment) > 10, name
+        assert re.search(rf" --{name} .*? {re.escape(comment)}", told), (name, comment)
+
+
+LIMIT = re.compile(r"(above|at least|at most) (-?\d+)")
+
+
+@pytest.mark.parametrize("script", WITH_SETTINGS.values(), ids=WITH_SETTINGS)
+def test_the_limits_in_the_comments_hold(lines, read_once, script):
+    """The limit that a field's comment names passes or fails as it says; what is beyond fails.
+
+    The message has the comment's words.
+    """
+    count = 0
+    for field in fields(script.Config):
+        step = 1 if field.type is int else 0.25
+        for word, limit in LIMIT.findall(comments(script)[field.name]):
+            count += 1
+            edge = int(limit)
+            beyond = edge + step if word == "at most" else edge - step
+            wrong = [beyond] if word != "above" else [edge, beyond]
+            right = edge + step if word == "above" else edge
+            for value in wrong:
+                [told] = lines(g.parse_config, script.Config, {}, [f"--{field.name}={value}"])
+                assert told.endswith(f": must be a number {word} {limit}")
+            config = g.parse_config(script.Config, {}, [f"--{field.name}={right}"])
+            assert getattr(config, field.name) == right
+    assert count > 10
 
 
 def test_good_flags_pass():
@@ -169,6 +249,10 @@ def test_good_flags_pass():
         assert script.parse_config(script.Config, script.TOY, []) == script.Config()
         toy = script.parse_config(script.Config, script.TOY, flags)
         assert toy == script.Config(**script.TOY | values)
+
+    assert g.parse_config(eval_video.Config, eval_video.TOY, []) == eval_video.Config()
+    toy = g.parse_config(eval_video.Config, eval_video.TOY, "--toy --max_frames 4".split())
+    assert toy == eval_video.Config(**eval_video.TOY | dict(toy=True, max_frames=4))
 
     flags = "--epsilon_high 0.28 --scale_rewards false".split()
     expected = g.Config(epsilon_high=0.28, scale_rewards=False)
@@ -473,8 +557,8 @@ def cut_mp4(folder):
     return kind + index + bytes(99)
 
 
-def load(toy, media, **changes):
-    """-> the sample of a record with these media, decoded as in training."""
+def dataset_of(toy, media, **changes):
+    """-> the data set of one record with these media."""
     record = dict(
         sample_id="uuid_1",
         domain="all",
@@ -487,7 +571,12 @@ def load(toy, media, **changes):
     tokenizer = AutoTokenizer.from_pretrained(toy / "init")
     config = AutoConfig.from_pretrained(toy / "init")
     settings = g.Config(**dict(frame_size=56, max_frames=8, decode_timeout=5.0) | changes)
-    return g.VideoDataset([record], tokenizer, config, settings)[0]
+    return g.VideoDataset([record], tokenizer, config, settings)
+
+
+def load(toy, media, **changes):
+    """-> the sample of a record with these media, decoded as in training."""
+    return dataset_of(toy, media, **changes)[0]
 
 
 @pytest.mark.parametrize(
@@ -514,14 +603,14 @@ def test_unreadable_media(toy, tmp_path, monkeypatch, name, make):
 
     There are no pixels and no prompt.
     """
-    decode = g.VideoDataset.decode
+    read_media = g.read_media
 
     # decord aborts on one of these: in the child, pytest need not print a stack for it.
-    def decode_quietly(*args):
+    def read_quietly(*args):
         faulthandler.disable()
-        return decode(*args)
+        return read_media(*args)
 
-    monkeypatch.setattr(g.VideoDataset, "decode", decode_quietly)
+    monkeypatch.setattr(g, "read_media", read_quietly)
     path = tmp_path / name
     if make:
         path.write_bytes(make(tmp_path))
@@ -539,7 +628,7 @@ def test_unreadable_media(toy, tmp_path, monkeypatch, name, make):
 @pytest.mark.parametrize(
     "name, word", [("secret.avi", "error reading"), ("fifo.avi", "decoding took over 1.0 s")]
 )
-def test_media_that_cannot_be_read(name, word):
+def test_media_that_cannot_be_read(toy, name, word):
     """Unreadable permissions are told; a pipe that never answers ends at the time limit.
 
     Trap 14: such a pipe may have taken the file's place.
@@ -554,14 +643,15 @@ def test_media_that_cannot_be_read(name, word):
             path.write_bytes(b"")
             os.chmod(path, 0)
 
+        dataset = dataset_of(toy, [("video", path)], decode_timeout=1.0)
         user = os.geteuid()
         try:
             os.seteuid(user or 65534)  # root reads everything
-            result, problem = g.Decoder(g.read_media, 1.0)("video", path, 56, 2.0, 8)
+            [[sample]] = g.load_batches(dataset, [[0]], 1)
         finally:
             os.seteuid(user)
-        assert result is None, problem
-        assert word in problem.lower(), problem
+        assert "patches" not in sample
+        assert word in sample["error"].lower(), sample["error"]
 
 
 @pytest.mark.parametrize(
@@ -581,8 +671,7 @@ def test_odd_but_readable_videos(toy, tmp_path, data, frames):
     """
     (tmp_path / "clip.avi").write_bytes(data(tmp_path))
     sample = load(toy, [("video", tmp_path / "clip.avi")])
-    vision = AutoConfig.from_pretrained(toy / "init").vision_config
-    patches, _ = g.to_patches(torch.from_numpy(FRAMES[frames]), vision)
+    patches, _ = g.to_patches(torch.from_numpy(FRAMES[frames]))
     assert torch.equal(sample["patches"], patches)
 
 
@@ -835,8 +924,22 @@ VALIDATE_COUNTS = [
 ]
 
 
-def test_validate(root, monkeypatch, capsys):
-    """--validate tells all that is wrong in a data root, by name, and exits with 2.
+@pytest.fixture
+def validate_alone(monkeypatch, capsys):
+    """validate_alone(*args) -> exit code, stdout, stderr of tools/validate.py in this process."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            validate.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_validate(root, validate_alone):
+    """tools/validate.py tells all that is wrong in a data root, by name, and exits with 2.
 
     It looks at rows of both kinds and at files.
     """
@@ -855,7 +958,7 @@ def test_validate(root, monkeypatch, capsys):
     write_rows(annotations / "training_with_cot_6k.jsonl", CHAT, no_image)
     write_rows(annotations / "validation_L1.jsonl", PLAIN, again)
 
-    command = [sys.executable, ROOT / "grpo_video.py", "--validate", "--data_root", root]
+    command = [sys.executable, ROOT / "tools/validate.py", root]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     told = done.stdout.splitlines()
     assert done.returncode == 2, done.stderr
@@ -863,12 +966,6 @@ def test_validate(root, monkeypatch, capsys):
         assert all(word in line for word in words), line
     assert [line.removeprefix(f"{root}/") for line in told[6:]] == VALIDATE_COUNTS
     assert "files: 100%" in done.stderr
-
-    def validate_alone(*args):
-        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            validate.main()
-        return end.value.code, *capsys.readouterr()
 
     write_rows(annotations / "good.jsonl", PLAIN)
     code, out, _ = validate_alone(root, annotations / "good.jsonl")
@@ -880,51 +977,44 @@ def test_validate(root, monkeypatch, capsys):
     assert "must be a data root" in err
 
 
-WANDB = """
-import json, os
-def write(**what):
-    with open(os.environ["WANDB_TOLD"], "a") as f:
-        f.write(json.dumps(what) + "\\n")
-def init(**more):
-    write(init=more)
-def log(row, step):
-    write(row=row, step=step)
-"""
+def test_validate_goes_on(root, validate_alone, monkeypatch):
+    """Trap 14: behind a file that hangs, crashes the decoder or raises, the others are checked."""
+    names = ("hangs.avi", "crashes.avi", "raises.avi", "good.avi")
+    for name in names:
+        shutil.copyfile(root / "videos/Ego4D/1.avi", root / f"videos/Ego4D/{name}")
+    rows = [bad(sample_id=name, video_basename=name) for name in names]
+    write_rows(root / "annotations/training_6k.jsonl", *rows)
 
+    read_media = sft_video.read_media
 
-@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
-def test_wandb(run, tmp_path, monkeypatch, script):
-    """--wandb PROJECT sends metrics.jsonl's rows there.
+    def read(kind, path, **settings):
+        if path.name == "hangs.avi":
+            time.sleep(60)
+        if path.name == "crashes.avi":
+            os._exit(7)
+        if path.name == "raises.avi":
+            raise ValueError("no frame\nof this many")
+        return read_media(kind, path, **settings)
 
-    Without the package, and with a folder of wandb's own in its place, it is one line.
-    """
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "wandb").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    code, err, out = run(script, wandb="videos")
-    problem = "--wandb videos: the package is not there; `pip install wandb`"
+    monkeypatch.setattr(sft_video, "read_media", read)
+    start = time.perf_counter()
+    code, out, _ = validate_alone(root, "--decode_timeout", 1.5, "--workers", 2)
+    assert time.perf_counter() - start < 15
     assert code == 2
-    assert err.splitlines() == [f"{Path(script.__file__).name}: error: {problem}"]
-    assert not out.exists()
 
-    (tmp_path / "wandb/__init__.py").write_text(WANDB)
-    importlib.invalidate_caches()
-    monkeypatch.setenv("WANDB_TOLD", str(tmp_path / "told.jsonl"))
-    try:
-        code, err, out = run(script, wandb="videos", per_device_train_batch_size=4)
-    finally:
-        sys.modules.pop("wandb", None)
-
-    first, *told = read_rows(tmp_path / "told.jsonl")
-    assert code == 0, err
-    assert first["init"]["project"] == "videos", err
-    assert first["init"]["config"]["seed"] == 42, err
-    log = read_rows(out / "metrics.jsonl")
-    assert [x["row"] for x in told] == log
-    assert [x["step"] for x in told] == [1, 2]
-    assert "clock" not in log[0]
+    videos = root.resolve() / "videos/Ego4D"
+    where = "of training_6k.jsonl: sample_id"
+    assert out.splitlines() == [
+        f"{videos}/hangs.avi: decoding took over 1.5 s; {where} hangs.avi and 0 more",
+        f"{videos}/crashes.avi: decoder died with exit code 7; {where} crashes.avi and 0 more",
+        f"{videos}/raises.avi: ValueError: no frame; {where} raises.avi and 0 more",
+        f"{root}/annotations/training_6k.jsonl: 4 checked, 0 wrong",
+        "videos: 4 checked, 3 wrong",
+        "images: 1 checked, 0 wrong",
+    ]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(toy, tmp_path):
     """The disk fills up while a checkpoint is written: one line and exit code 1.
 

@@ -1,4 +1,4 @@
-"""The algorithm and the model at length, with one test per trap of the README, section 6.
+"""The algorithm and the model at length, with a test for each trap of docs/deviations.md.
 
 transformers run the plain way and float64 loops are the oracles. test_smoke.py has the golden
 numbers and the short version.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention.bias import CausalBias
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, get_scheduler
 
@@ -32,6 +32,7 @@ from grpo_video import (
     generate,
     group_advantages,
     k3_kl,
+    learning_rate_at,
     load_model,
     mrope_positions,
     open_run,
@@ -180,7 +181,7 @@ MROPE = [
 def test_mrope_rule(tiny_model, grid, placeholders, after, agrees):
     """After a vision block the text goes on at the maximum over t, h and w, plus 1.
 
-    transformers leaves t out (README, section 6).
+    transformers leaves t out (docs/deviations.md).
     """
     _, hf, model = tiny_model()
     ids = torch.tensor([5] + [VIDEO] * len(placeholders) + [6, 7])
@@ -295,12 +296,15 @@ def test_checkpoint_layouts(tiny_model, tmp_path, layout, tied):
     ],
     ids=["missing", "extra", "misshapen"],
 )
-def test_a_wrong_tensor_is_named(tiny_model, capsys, edit, words):
+@pytest.mark.parametrize("size, files", [("1GB", 1), ("100KB", 5)], ids=["one file", "shards"])
+def test_a_wrong_tensor_is_named(tiny_model, capsys, size, files, edit, words):
     """A checkpoint that does not fit loads in part, or fails without saying which tensor."""
     folder, _, _ = tiny_model()
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
+    (folder / "model.safetensors").unlink()
+    save_torch_state_dict(tensors, folder, max_shard_size=size)
+    assert len([*folder.glob("*.safetensors")]) >= files
 
     capsys.readouterr()  # transformers' progress bar
     with pytest.raises(SystemExit) as end:
@@ -324,7 +328,7 @@ def test_saved_model_loads_in_transformers(toy, tmp_path, dtype):
     settings = Config(output_dir=str(tmp_path / "run"), seed=3)
     assert open_run(settings, model.config, dtype) == (None, 0)
     out = tmp_path / "out"
-    save_model(model, out, toy / "init", dtype)
+    save_model(model, out, toy / "init")
 
     # The settings and the weights.
     hf = Qwen2VLForConditionalGeneration.from_pretrained(out)
@@ -381,7 +385,7 @@ def plain_loss(
     epsilon_high,
     beta,
 ):
-    """The step's loss, token by token as the README, section 4, has it.
+    """The step's loss, token by token as docs/algorithm.md has it.
 
     The log-probs are nested lists or tensors [B][G][C], lengths and advantages [B][G].
     """
@@ -617,13 +621,44 @@ RATES = [
 ]
 
 
+def rates(name, warmup, steps, peak=1.0):
+    """learning_rate_at of all steps of a run."""
+    c = Config(learning_rate=peak, lr_scheduler_type=name, warmup_ratio=warmup)
+    return [learning_rate_at(c, step, steps) for step in range(steps)]
+
+
 @pytest.mark.parametrize("name, warmup, golden", RATES)
 def test_learning_rates(name, warmup, golden):
     """The schedule that main asks for warms up or decays otherwise than its flags say."""
-    optimizer = torch.optim.AdamW([torch.zeros(1)], 1.0)
-    steps = 20
-    schedule = get_scheduler(name, optimizer, math.ceil(steps * warmup), steps).lr_lambdas[0]
-    assert {step: schedule(step) for step in golden} == pytest.approx(golden, abs=1e-6)
+    ours = rates(name, warmup, 20)
+    assert {step: ours[step] for step in golden} == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_learning_rates_are_transformers(name, warmup):
+    """A rate differs from transformers' schedule in its last bit, somewhere in a whole run."""
+    for steps in (2, 7, 20, 150, 1001):
+        warm = math.ceil(steps * warmup)
+        if warm == steps:  # there ours has its peak, which transformers never reaches
+            continue
+        for peak in (1.0, 1e-6, 2e-5):
+            optimizer = torch.optim.AdamW([torch.zeros(1)], peak)
+            schedule = get_scheduler(name, optimizer, warm, steps)
+            theirs = [peak * schedule.lr_lambdas[0](step) for step in range(steps)]
+            assert rates(name, warmup, steps, peak) == theirs, (steps, peak)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_the_warm_up_never_fills_the_run(name):
+    """A warm-up that fills the run never gets to the peak, and a run of one step learns nothing.
+
+    With --max_steps 1 and --warmup_ratio 0.1 the rate is the peak.
+    """
+    for warmup in (0.0, 0.1, 1.0):
+        assert rates(name, warmup, 1) == [1.0]
+    warming = [1.0, 1.0, 1.0] if name == "constant" else [0.0, 0.5, 1.0]
+    assert rates(name, 1.0, 3) == warming
 
 
 # ---- The rollouts and what is logged of them -----------------------------------------------------

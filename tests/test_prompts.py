@@ -1,12 +1,14 @@
 """From files to prompts: frames, pixels, patches, text, positions, and what cannot be read."""
 
 import ctypes
+import itertools
 import json
 import os
 import random
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,7 +114,7 @@ def test_image_is_the_processors(tmp_path, monkeypatch, shape, size, mode):
     monkeypatch.setattr(oracle, "smart_resize", lambda *args, **kwargs: (size, size))
     theirs = oracle.Qwen2VLImageProcessorPil()(Image.open(path), return_tensors="pt")
 
-    patches, grid = g.to_patches(g.read_media("image", path, size, 2.0, 16), VISION)
+    patches, grid = g.to_patches(g.read_media("image", path, size, 2.0, 16))
     positions = torch.zeros(3, 1).long()
     sample = dict(ids=torch.tensor([1]), positions=positions, patches=patches, grids=[grid])
     ours = collate(sample).patches
@@ -142,7 +144,7 @@ def test_patches_of_a_video_by_hand():
                     for x in (block_x, block_x + 14):
                         rows.append(row(t, y, x))
 
-    patches, grid = g.to_patches(frames, VISION)
+    patches, grid = g.to_patches(frames)
     assert grid == (2, 4, 4)
     assert torch.equal(patches, torch.stack(rows))
 
@@ -283,7 +285,7 @@ def test_prompt_with_video_and_image(make_dataset, tokenizer, record):
 
     _, clip = record["media"][0]
     frames = g.read_media("video", clip, 252, 2.0, 16)
-    patches, _ = g.to_patches(frames, VISION)
+    patches, _ = g.to_patches(frames)
     assert frames.shape == (16, 252, 252, 3)
     assert torch.equal(sample["patches"][:2592], patches)
 
@@ -517,7 +519,7 @@ def test_rank_batches(monkeypatch, world, expected):
         batches = g.rank_batches(11, range(2), 2, accumulation)
         resumed = g.rank_batches(11, range(1, 2), 2, accumulation)
         assert resumed == batches[accumulation:]
-        lists.append(batches)
+        lists.append([list(batch) for batch in batches])
     assert lists == expected
 
 
@@ -633,6 +635,41 @@ def test_unreadable_video_is_reported_not_replaced(make_dataset, record, tmp_pat
     assert samples[7]["grids"] == [(4, 4, 4), (1, 4, 4)]
 
 
+def children():
+    """The processes that this one has started and that still run."""
+    tasks = Path("/proc/self/task").iterdir()
+    return set(" ".join((task / "children").read_text() for task in tasks).split())
+
+
+@pytest.fixture
+def numbered(make_dataset, record, monkeypatch):
+    """numbered(decode, count, **changes) -> VideoDataset of that many records, in their order.
+
+    Record n has one video, named n, of which decode(n) gives the value of all pixels.
+    """
+
+    def make(decode, count, **changes):
+        def read_media(kind, path, *_):
+            return torch.full((2, 56, 56, 3), decode(int(path.name)), dtype=torch.uint8)
+
+        # What is patched before the first sample, the decoding processes inherit.
+        monkeypatch.setattr(g, "read_media", read_media)
+        records = []
+        for n in range(count):
+            records.append(record | dict(sample_id=n, media=[("video", Path(f"/videos/{n}"))]))
+        dataset = make_dataset(records, **changes)
+        dataset.shuffle = False
+        return dataset
+
+    return make
+
+
+def value(sample):
+    """What all of a numbered sample's pixels are."""
+    [pixel] = sample["patches"].unique().tolist()
+    return pixel
+
+
 def hang():
     time.sleep(20)
 
@@ -647,6 +684,7 @@ def loop():
         pass
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "job, message",
     [
@@ -660,72 +698,82 @@ def loop():
     ],
     ids=["hang", "hang with the GIL", "loop", "exit", "killed", "raise with a newline", "raise"],
 )
-def test_a_decoder_that_fails(job, message):
+def test_a_decoder_that_fails(numbered, job, message, workers):
     """Trap 14: a decoder that hangs, crashes or raises loses its own sample in time.
 
-    The next sample decodes.
+    The next samples decode, and no process is left when all are through.
     """
 
     def decode(n):
         if n == 2:
             return job()
-        return np.arange(10**6) + n
+        return 10 + n
 
-    decoder = g.Decoder(decode, 1.0)
+    before = children()
+    dataset = numbered(decode, 6, decode_timeout=1.0, dataloader_num_workers=workers)
     start = time.perf_counter()
-    for n in range(4):
-        result, problem = decoder(n)
-        if n == 2:
-            assert result is None
-            assert problem.startswith(message)
-            assert "\n" not in problem
-        else:
-            assert problem is None
-            assert result[-1] == 10**6 - 1 + n
+    samples = []
+    for batch in g.load_batches(dataset, [[0], [1, 2], [3], [4, 5]], workers):
+        samples += batch
     assert time.perf_counter() - start < 15
+    assert children() == before
 
-    # The last child leaves when its parent does.
-    child = decoder.child
-    decoder.pipe.close()
-    assert os.waitpid(child, 0) == (child, 0)
+    assert [sample["sample_id"] for sample in samples] == list(range(6))
+    for n, sample in enumerate(samples):
+        if n == 2:
+            assert "patches" not in sample
+            assert sample["error"].startswith(f"/videos/2: {message}")
+            assert "\n" not in sample["error"]
+        else:
+            assert "error" not in sample
+            assert value(sample) == 10 + n
 
 
-def test_a_forked_worker_has_its_own_decoder():
-    """A data set that has decoded in the main process is forked into workers.
+def test_each_dataset_has_its_own_decoders(numbered, monkeypatch):
+    """Two datasets decode at the same time, in two processes each, whatever came before.
 
-    Two that talked to one child would mix up samples.
+    Samples would be mixed up among those that talk to one process, or that overtake each other.
     """
 
-    class Squares(g.Decoder):
-        def __getitem__(self, n):
-            return self(n)
+    def decode(n):
+        time.sleep(0.02 * (n % 3))
+        return n
 
-    squares = Squares(lambda n: n * n, 5.0)
-    assert squares[3] == (9, None)
-    found = list(g.load_batches(squares, [[n] for n in range(40)], 2))
-    assert found == [[(n * n, None)] for n in range(40)]
-    assert squares[4] == (16, None)
-    squares.pipe.close()
-    os.waitpid(squares.child, 0)
+    def decode_others(n):
+        time.sleep(0.02 * (n % 2))
+        return 100 + n
+
+    first = numbered(decode, 40)
+    assert value(first[3]) == 3
+    second = numbered(decode_others, 40)
+    positions = [[n] for n in range(40)]
+    pairs = zip(g.load_batches(first, positions, 2), g.load_batches(second, positions, 2))
+    for n, ([one], [other]) in enumerate(pairs):
+        assert value(one) == n
+        assert value(other) == 100 + n
+        if n == 20:
+            assert value(first[4]) == 4
 
 
-def test_the_time_limit_is_for_one_sample():
+def test_the_time_limit_is_for_one_sample(numbered, tmp_path):
     """Trap 14: the clock starts anew with each sample and stands still between them.
 
-    So a long run of good samples goes on.
+    So a long run of good samples goes on, in the same process. Nor does it run for a sample that
+    waits for its turn.
     """
 
     def decode(n):
         time.sleep(0.4)
-        return os.getpid()
+        (tmp_path / str(n)).write_text(str(os.getpid()))
+        return n
 
-    decoder = g.Decoder(decode, 1.0)
-    children = set()
+    dataset = numbered(decode, 9, decode_timeout=1.0, dataloader_num_workers=1)
     for n in range(3):
-        child, _ = decoder(n)
-        children.add(child)
+        assert value(dataset[n]) == n
         if n == 0:
             time.sleep(1.2)
-    assert children == {decoder.child}
-    decoder.pipe.close()
-    os.waitpid(decoder.child, 0)
+
+    waiting = [[3, 4, 5, 6], [7, 8]]
+    for n, sample in enumerate(itertools.chain(*g.load_batches(dataset, waiting, 1)), 3):
+        assert value(sample) == n
+    assert len({(tmp_path / str(n)).read_text() for n in range(9)}) == 1

@@ -88,8 +88,8 @@ def sampled(folder):
     "script, loss_type, ranks, more",
     [
         ("grpo_video.py", "grpo", 2, []),
-        ("grpo_video.py", "dapo", 4, []),
-        ("grpo_video.py", "dr_grpo", 2, ["--beta", "0"]),
+        pytest.param("grpo_video.py", "dapo", 4, [], marks=pytest.mark.slow),
+        pytest.param("grpo_video.py", "dr_grpo", 2, ["--beta", "0"], marks=pytest.mark.slow),
         ("sft_video.py", None, 2, ["--learning_rate", "2e-4"]),
     ],
 )
@@ -123,7 +123,9 @@ def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):
     assert difference(one, many) < 1e-5
 
 
-@pytest.mark.parametrize("script", ["grpo_video.py", "sft_video.py"])
+@pytest.mark.parametrize(
+    "script", ["grpo_video.py", pytest.param("sft_video.py", marks=pytest.mark.slow)]
+)
 def test_resumed_run_is_the_unbroken_one(toy, tmp_path, script):
     """Trap 20: 3 + 3 steps are 6, bit for bit, logs included.
 
@@ -167,7 +169,10 @@ def test_resumed_run_is_the_unbroken_one(toy, tmp_path, script):
         assert sample_ids(whole) == sample_ids(other)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_leaves(toy, tmp_path, number, code):
     """SIGTERM or Ctrl-C, which reach the decoding workers too, lose steps or break a checkpoint."""
     out = tmp_path / "run"
@@ -194,6 +199,42 @@ def test_a_signal_saves_and_leaves(toy, tmp_path, number, code):
     assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(1, steps + 2))
 
 
+def running(pid):
+    """Whether a process still runs; one that has ended may wait for somebody to ask how."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(") ")[2][0] != "Z"
+
+
+def test_no_decoder_outlives_a_killed_run(toy, tmp_path):
+    """A run that is killed by SIGKILL, and so can end nothing itself, leaves decoders behind."""
+    out = tmp_path / "run"
+    flags = ["--max_steps", "500", "--dataloader_num_workers", "2"]
+    line = command(toy, "grpo_video.py", out, *flags)
+    started = subprocess.Popen(line, env=ENV, stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() and started.poll() is None:
+        time.sleep(0.1)
+
+    decoders = []
+    for task in Path(f"/proc/{started.pid}/task").iterdir():
+        decoders += (task / "children").read_text().split()
+    assert len(decoders) == 2
+    assert all(running(pid) for pid in decoders)
+
+    started.kill()
+    assert started.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while any(running(pid) for pid in decoders) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in decoders if running(pid)]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert left == []
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_is_restarted(toy, tmp_path):
     """Under torchrun --max_restarts a killed rank brings the run back from its last checkpoint.
 

@@ -1,24 +1,37 @@
-"""README.md says what the code does: its links, commands, defaults, fields, numbers and names are looked up here.
+"""README.md and docs/ say what the code does: links, commands, defaults, fields and numbers.
 
 python -m pytest -q tests/test_readme.py
-python tests/test_readme.py --fix     # rewrite the line numbers of links such as [`update`](grpo_video.py#L1-L2)
+python tests/test_readme.py --fix     # rewrite the line numbers of links to code
 """
 
 import ast
+import json
 import re
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 SCRIPTS = ("grpo_video.py", "sft_video.py", "eval_video.py")
-LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)-L(\d+)\)")
-# What other programs' commands may say: torchrun before the script's name, hf, pytest, and the tools of this repository.
+
+# {path of a page: its text}, README.md first; what a check looks for may stand on any of them.
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+README = PAGES[ROOT / "README.md"]
+TEXT = "\n".join(PAGES.values())
+
+# A link to lines: its text is the name of what is defined there.
+LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)-L(\d+)\)")
+
+# Flags of programs other than the scripts: this repository's, torchrun (before the script), hf.
 OTHERS = {
+    "validate.py": {"decode_timeout", "workers"},
+    "report.py": {"output", "data_root"},
+    "frames.py": {"samples"},
     "kill_and_resume.py": {"kills", "seed"},
+    "same_numbers.py": {"keep"},
     "grpo_step.py": {
         "device",
         "size",
@@ -30,18 +43,26 @@ OTHERS = {
         "prompts",
     },
     "input_pipeline.py": {"train"},
-    "report.py": {"output", "data_root"},
-    "frames.py": {"samples"},
-    "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"},
-    "hf": {"repo-type", "local-dir"},
     "test_smoke.py": {"sync"},
     "test_readme.py": {"fix"},
+    "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"},
+    "hf": {"repo-type", "local-dir"},
 }
+
+
+# ---- What the code says -------------------------------------------------------------------------
+
+
+def parsed(file):
+    return ast.parse((ROOT / file).read_text())
 
 
 @cache
 def definitions(file):
-    """{dotted name of each function and class: (first line, last line)}; the first is the def's own, below its decorators."""
+    """{dotted name of each function and class of a file: (first line, last line)}.
+
+    The first line is the def's own, below its decorators.
+    """
     found = {}
 
     def walk(node, prefix):
@@ -50,40 +71,86 @@ def definitions(file):
                 found[prefix + child.name] = child.lineno, child.end_lineno
                 walk(child, f"{prefix}{child.name}.")
 
-    walk(ast.parse((ROOT / file).read_text()), "")
+    walk(parsed(file), "")
     return found
+
+
+def assigned(file, name):
+    """The expression that a module-level `name = …` assigns."""
+    for node in parsed(file).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return node.value
+    raise KeyError(f"{file} assigns no {name}")
 
 
 @cache
 def settings(script):
     """{field of the script's Config: its default}."""
-    [config] = [
-        n
-        for n in ast.parse((ROOT / script).read_text()).body
-        if isinstance(n, ast.ClassDef) and n.name == "Config"
-    ]
-    return {
-        n.target.id: ast.literal_eval(n.value.args[0])
-        for n in config.body
-        if isinstance(n, ast.AnnAssign)
-    }
+    [config] = [n for n in parsed(script).body if getattr(n, "name", "") == "Config"]
+    fields = [n for n in config.body if isinstance(n, ast.AnnAssign)]
+    return {n.target.id: default_of(script, n.value) for n in fields}
 
 
-def flags(script):
-    """The flags of a script: its Config's fields, and no_<field> for what is on by default."""
-    return {*settings(script)} | {
-        f"no_{name}" for name, default in settings(script).items() if default is True
-    }
+def default_of(script, value):
+    """A field's default. A list's is field(default_factory=…) of `list` or of a named list."""
+    if not isinstance(value, ast.Call):
+        return ast.literal_eval(value)
+    factory = value.keywords[0].value
+    if isinstance(factory, ast.Lambda):
+        return ast.literal_eval(assigned(script, factory.body.id))
+    assert factory.id == "list"
+    return []
+
+
+def flags(program):
+    """A program's flags. A script's are its Config's fields, and no_<field> for what is on."""
+    if program == "analyze.py":
+        return flags("eval_video.py") | set(settings("tools/analyze.py"))
+    if program not in SCRIPTS:
+        return OTHERS[program]
+    on = {f"no_{name}" for name, default in settings(program).items() if default is True}
+    return on | set(settings(program))
+
+
+def written(script, *functions):
+    """Keys that these functions write: names in dict(…) calls, and "key" of x["key"] = …"""
+    found = set()
+    for function in parsed(script).body:
+        if getattr(function, "name", "") not in functions:
+            continue
+
+        for n in ast.walk(function):
+            if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "dict":
+                found |= {keyword.arg for keyword in n.keywords if keyword.arg}
+            if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store):
+                key = getattr(n.slice, "value", None)  # a constant's
+                if isinstance(key, str):
+                    found.add(key)
+    return found
+
+
+def docstrings():
+    """{name of each test of the repository: its docstring}."""
+    found = {}
+    for file in (ROOT / "test_smoke.py", *(ROOT / "tests").glob("test_*.py")):
+        tests = [n for n in parsed(file).body if isinstance(n, ast.FunctionDef)]
+        found |= {n.name: ast.get_docstring(n) or "" for n in tests}
+    return found
+
+
+# ---- What the pages say -------------------------------------------------------------------------
 
 
 def table(header):
-    """Cells of the rows of the table whose header line contains `header`."""
-    lines = README.splitlines()
-    [start] = [i for i, line in enumerate(lines) if line.startswith("|") and header in line]
+    """Cells of the rows of the table whose header line contains `header`, on whatever page."""
+    lines = TEXT.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("|") and header in line]
+    assert len(heads) == 1, f"{len(heads)} tables have {header!r} in their header line"
+
     rows = []
-    for line in lines[start + 2 :]:
+    for line in lines[heads[0] + 2 :]:
         if not line.startswith("|"):
-            return rows
+            break
         rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
     return rows
 
@@ -93,134 +160,151 @@ def names(text):
     return set(re.findall(r"`(\w+)`", text))
 
 
+def named_fields(header):
+    """Names in backticks in the first column of a table."""
+    return set().union(*(names(row[0]) for row in table(header)))
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
 def commands():
-    """Command lines of the README: those in code blocks, and those in backticks."""
-    parts = README.split("```")  # text, block, text, block, …, text
-    lines = [line for block in parts[1::2] if block.startswith("\n") for line in block.splitlines()]
+    """Command lines of the pages: those in code blocks, and those in backticks."""
+    parts = TEXT.split("```")  # text, block, text, block, …, text
+    lines = []
+    for block in parts[1::2]:
+        if block.startswith("\n"):  # a block without a language
+            lines += block.splitlines()
     lines += re.findall(r"`([^`\n]+)`", " ".join(parts[0::2]))
-    return [
-        part
-        for line in lines
-        for part in line.split(" && ")
-        if re.match(r"(python|torchrun|hf|pip) ", part)
-    ]
+
+    found = []
+    for line in lines:
+        found += line.split(" && ")
+    return [command for command in found if re.match(r"(python|torchrun|hf|pip) ", command)]
 
 
-def written(script, *functions):
-    """Keys that these functions write: names in dict(…) calls, and "key" of x["key"] = …"""
-    nodes = [
-        n
-        for f in ast.parse((ROOT / script).read_text()).body
-        if getattr(f, "name", "") in functions
-        for n in ast.walk(f)
-    ]
-    found = {
-        k.arg
-        for n in nodes
-        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "dict"
-        for k in n.keywords
-        if k.arg
-    }
-    return found | {
-        n.slice.value
-        for n in nodes
-        if isinstance(n, ast.Subscript)
-        and isinstance(n.ctx, ast.Store)
-        and isinstance(n.slice, ast.Constant)
-        and isinstance(n.slice.value, str)
-    }
+# ---- Pages, links and names ---------------------------------------------------------------------
 
 
-# ---- Links and names ------------------------------------------------------------------------------------------------
-def fixed(text):
-    """The README with every link's line numbers as they are; KeyError names what is defined no more."""
+def fixed(page):
+    """The page's text with every link's line numbers as they are.
+
+    KeyError names what is defined no more.
+    """
 
     def place(link):
-        name, file = link[1], link[2]
-        if name not in definitions(file):
-            raise KeyError(f"{file} defines no {name}")
-        return f"[`{name}`]({file}#L{definitions(file)[name][0]}-L{definitions(file)[name][1]})"
+        name, target = link[1], link[2]
+        found = definitions((page.parent / target).resolve())
+        if name not in found:
+            raise KeyError(f"{page.name}: {target} defines no {name}")
+        first, last = found[name]
+        return f"[`{name}`]({target}#L{first}-L{last})"
 
-    return LINK.sub(place, text)
+    return LINK.sub(place, PAGES[page])
+
+
+def test_the_readme_is_short():
+    """At most 220 lines; what a newcomer does not need is in docs/, and each page is linked."""
+    assert len(README.splitlines()) <= 220
+    for page in PAGES:
+        if page.parent.name == "docs":
+            assert f"](docs/{page.name})" in README, f"README.md does not link docs/{page.name}"
 
 
 def test_links_to_lines():
-    """A link's text is the function or class that starts and ends at its lines; `python tests/test_readme.py --fix` helps."""
-    found = [m[0] for m in LINK.finditer(README)]
-    assert len(found) >= 20 and found == [m[0] for m in LINK.finditer(fixed(README))]
-    assert len(found) == README.count(".py#L")  # none is written otherwise
+    """A link's text is the function or class at its lines; tests/test_readme.py --fix helps."""
+    found = [m[0] for m in LINK.finditer(TEXT)]
+    right = []
+    for page in PAGES:
+        right += [m[0] for m in LINK.finditer(fixed(page))]
+    assert len(found) >= 20 and found == right
+    assert len(found) == TEXT.count(".py#L")  # none is written otherwise
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings: small letters, hyphens for spaces, no signs."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_resolve(page):
+    """Every linked file is there, seen from its page, and so is a linked heading of a page."""
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), target
 
 
 def test_named_files_exist():
-    """Every linked file and every Python file the README names is there; what it says the scripts write, they write."""
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README) + re.findall(r"[\w/]+\.py\b", README):
-        assert (ROOT / target).exists() or list(ROOT.glob(f"*/{target}")), target
+    """Every Python file that a page names is there; what the scripts are said to write, they do."""
+    for name in re.findall(r"[\w/]+\.py\b", TEXT):
+        name = name.lstrip("/")  # of ../
+        assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")), name
+
     sources = "".join((ROOT / script).read_text() for script in SCRIPTS)
     for name in (
-        "config.json metrics.jsonl rollouts.jsonl summary.json summary.md predictions_ generation_config.json training_6k "
-        "training_with_cot_6k validation_L1 checkpoint-"
+        "config.json metrics.jsonl rollouts.jsonl summary.json summary.md predictions_ "
+        "generation_config.json training_6k training_with_cot_6k validation_L1 checkpoint-"
     ).split():
-        assert name in README and name in sources, name
-
-
-def docstrings():
-    """{name of each test of the repository: its docstring}."""
-    trees = [
-        ast.parse(file.read_text())
-        for file in (ROOT / "test_smoke.py", *(ROOT / "tests").glob("test_*.py"))
-    ]
-    return {
-        n.name: ast.get_docstring(n) or ""
-        for tree in trees
-        for n in tree.body
-        if isinstance(n, ast.FunctionDef)
-    }
+        assert name in TEXT and name in sources, name
 
 
 def test_named_tests_exist():
-    """Every test that the README names is defined somewhere."""
-    named = {*re.findall(r"`(test_\w+)`", README)}
-    assert len(named) > 20 and not named - {*docstrings()}
+    """Every test that a page names is defined somewhere."""
+    named = set(re.findall(r"`(test_\w+)`", TEXT))
+    assert len(named) > 20 and not named - set(docstrings())
 
 
 def test_traps():
     """20 traps, in order, each with a test whose docstring names the trap."""
-    rows, docs = table("| # | trap |"), docstrings()
+    rows = table("| # | trap |")
     assert [int(row[0]) for row in rows] == list(range(1, 21))
-    without = [
-        number
-        for number, *_, named in rows
-        if not any(
-            re.search(rf"[Tt]raps? (\d+(,| and) )*{number}\b", docs.get(name, ""))
-            for name in names(named)
-        )
-    ]
+
+    docs = docstrings()
+    without = []
+    for number, *_, tests in rows:
+        says_so = re.compile(rf"[Tt]raps? (\d+(,| and) )*{number}\b")
+        if not any(says_so.search(docs.get(name, "")) for name in names(tests)):
+            without.append(number)
     assert not without, f"traps without a test that says so: {without}"
 
 
-# ---- Commands and flags ---------------------------------------------------------------------------------------------
+# ---- Commands and flags -------------------------------------------------------------------------
+
+
 def test_commands():
-    """Each command names a program's own flags, and the two commands of the quick start are there word for word."""
+    """Each command names a program's own flags; the quick start's stand there word for word."""
     assert "pip install -r requirements.txt && python grpo_video.py --toy\n" in README
     assert "pip install -r requirements.txt && python -m pytest -q\n" in README
+
     found = commands()
     assert len(found) > 20
     for command in found:
-        program, allowed = command.split()[0], OTHERS.get(command.split()[0], set())
+        program = command.split()[0]
+        allowed = OTHERS.get(program, set())
         for word in command.split():
-            if Path(word).name in (*SCRIPTS, *OTHERS):
+            if Path(word).name in (*SCRIPTS, *OTHERS, "analyze.py"):
                 program = Path(word).name
-                allowed = flags(program) if program in SCRIPTS else OTHERS[program]
+                allowed = flags(program)
             elif word.startswith("--"):
-                assert word[2:].partition("=")[0] in allowed, (
-                    f"{word}: no flag of {program} in: {command}"
-                )
+                name = word[2:].partition("=")[0]
+                assert name in allowed, f"{word}: no flag of {program} in: {command}"
+
+
+def test_slow_tests():
+    """The line that runs the slow tests names a marker that pytest knows."""
+    assert "\npython -m pytest -q -m slow\n" in README
+    assert '"slow: ' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_every_flag_exists():
-    """Every --flag of the running text belongs to a script or to one of the programs that the commands use."""
-    known = set().union(*(flags(script) for script in SCRIPTS), *OTHERS.values())
-    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)) <= known
+    """Every --flag of the running text belongs to a program that the commands use."""
+    known = set().union(*(flags(program) for program in (*SCRIPTS, *OTHERS, "analyze.py")))
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", TEXT)) <= known
 
 
 @pytest.mark.parametrize(
@@ -230,101 +314,105 @@ def test_every_flag_exists():
 def test_defaults(header, script):
     """The recipe's tables give the Config's defaults."""
     for row in table(header):
-        named, given = re.findall(r"`--(\w+)`", row[2]), re.findall(r"`([^`]*)`", row[3])
-        assert named and [str(settings(script)[name]) for name in named] == [
-            str(float(x)) if "e-" in x else x for x in given
-        ], row
+        named = re.findall(r"`--(\w+)`", row[2])
+        given = re.findall(r"`([^`]*)`", row[3])
+        given = [str(float(x)) if "e-" in x else x for x in given]
+        assert named and [str(settings(script)[name]) for name in named] == given, row
 
 
 def test_defaults_in_the_text():
     """Defaults that the text relies on."""
     grpo = settings("grpo_video.py")
-    assert (grpo["data_root"], grpo["output_dir"]) == ("data/SEED-Bench-R1", "runs/grpo")
-    assert (
-        settings("sft_video.py")["output_dir"] == "runs/sft"
-        and grpo["model"] == "Qwen/Qwen2-VL-7B-Instruct"
-    )
+    assert grpo["data_root"] == "data/SEED-Bench-R1"
+    assert grpo["output_dir"] == "runs/grpo"
+    assert grpo["model"] == "Qwen/Qwen2-VL-7B-Instruct"
+    assert settings("sft_video.py")["output_dir"] == "runs/sft"
     assert grpo["save_total_limit"] == 2 and grpo["max_bad_samples"] == -1 and grpo["kl_clamp"] == 0
+
     for script in ("grpo_video.py", "sft_video.py"):
-        toy = re.search(r"^TOY = dict\((.*?)\)$", (ROOT / script).read_text(), re.M | re.S)[1]
-        assert f'output_dir="runs/toy-{script.removesuffix("_video.py")}"' in toy
-        assert "loss_type" not in toy and not re.search(
-            "accumulation_steps=(?!1,)", toy
-        )  # so the audit's code takes it
+        toy = {k.arg: ast.unparse(k.value) for k in assigned(script, "TOY").keywords}
+        assert toy["output_dir"] == repr(f"runs/toy-{script.removesuffix('_video.py')}")
+        # The code of docs/auditing.md takes these for granted.
+        assert "loss_type" not in toy
+        assert toy.get("gradient_accumulation_steps", "1") == "1"
 
 
 def test_what_it_is():
-    """No script imports another but the toy's maker; the packages are those of requirements.txt; what is said to be absent is."""
+    """No script imports another; the packages are those of requirements.txt; what is absent is."""
+    imports = re.compile(
+        r"^\s*(import|from) (grpo_video|sft_video|eval_video|toy|test_smoke)\b", re.M
+    )
     absent = re.compile(
         r"deepspeed|vllm|flash_attn|peft|bitsandbytes|torch\.compile|Trainer\b", re.I
     )
     for script in SCRIPTS:
         source = (ROOT / script).read_text()
-        assert not re.search(
-            r"^\s*(import|from) (grpo_video|sft_video|eval_video|toy|test_smoke)\b", source, re.M
-        ), script
+        assert not imports.search(source), script
         assert not absent.search(source), absent.search(source)
-    packages = {
-        line.partition("==")[0].lower()
-        for line in (ROOT / "requirements.txt").read_text().splitlines()
-    }
+
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = {line.partition("==")[0].lower() for line in lines}
     listed = re.search(r"^- Packages: (.*?)\. Linux", README, re.M)[1].lower()
     assert all(re.search(rf"\b{package}\b", listed) for package in packages)
 
 
-# ---- Numbers and fields ---------------------------------------------------------------------------------------------
+# ---- Numbers ------------------------------------------------------------------------------------
+
+
 def test_paper_numbers():
     """The paper's accuracies are those that eval_video.py prints beside."""
-    [paper] = [
-        n
-        for n in ast.parse((ROOT / "eval_video.py").read_text()).body
-        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "PAPER"
-    ]
-    rows, printed = (
-        table("| accuracy in %, [arXiv"),
-        re.findall(r"\d+\.\d+", str([*ast.literal_eval(paper.value).values()])),
-    )
-    assert [float(x) for row in rows for x in row[1:8]] == [*map(float, printed)] and len(
-        printed
-    ) == 21
+    paper = ast.literal_eval(assigned("eval_video.py", "PAPER"))
+    printed = [float(x) for x in re.findall(r"\d+\.\d+", str([*paper.values()]))]
+    rows = table("| accuracy in %, [arXiv")
+
+    given = []
+    for row in rows:
+        given += map(float, row[1:8])
+    assert given == printed and len(printed) == 21
     assert all(row[8] == "not measured" for row in rows)
 
 
 def test_memory():
     """The table of device memory is its own expressions' values, and its sums are right."""
     shapes = {}
-    exec(re.search(r"```python\n(ranks, .*?)```", README, re.S)[1], shapes)
+    exec(re.search(r"```python\n(ranks, .*?)```", TEXT, re.S)[1], shapes)
+
     totals = dict(always=0.0, rollout=0.0, update=0.0)
     for when, _, expression, given in table("| when | what | bytes |"):
         value = eval(expression.strip("`"), shapes) / 2**30
         totals[when] += value
         assert f"{value:.2f}" == given, expression
+
     always = totals["always"]
+    rollout = f"{always + totals['rollout']:.2f}"
+    update = f"{always + totals['update']:.2f}"
     assert (
-        f"The sums: {always:.2f} always, **{always + totals['rollout']:.2f} in the rollout, "
-        f"{always + totals['update']:.2f} in the update**"
-    ) in README
-    for expression, given in re.findall(r"`([^`]+)` bytes = ([\d.]+) GiB", README):
+        f"The sums: {always:.2f} always, **{rollout} in the rollout, {update} in the update**"
+    ) in TEXT
+    assert f"**{update} GiB**" in README
+
+    for expression, given in re.findall(r"`([^`]+)` bytes = ([\d.]+) GiB", TEXT):
         assert f"{eval(expression, shapes) / 2**30:.1f}" == given, expression
-    assert (
-        f"899 + 8 × 256 = {shapes['rows']:,} text rows" in README
-        and f"8 × 1,155 = {8 * (900 + 255):,}" in README
-    )
+
+    assert f"899 + 8 × 256 = {shapes['rows']:,} text rows" in TEXT
+    assert f"8 × 1,155 = {8 * (900 + 255):,}" in TEXT
+
+
+def test_the_readmes_speed():
+    """How many times faster a step is, README.md has from the table of docs/performance.md."""
+    [whole] = [row for row in table("| | ours | released |") if "whole step" in row[0]]
+    assert f"a step is {whole[4].strip('*')} times as fast" in README
+
+
+# ---- Fields -------------------------------------------------------------------------------------
 
 
 def test_metrics_glossary():
-    """The glossary explains every key of metrics.jsonl: what test_smoke.py expects of both scripts, and eval_loss."""
-    expected = {
-        n.targets[0].id: n.value
-        for n in ast.parse((ROOT / "test_smoke.py").read_text()).body
-        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in ("COMMON", "OF_GRPO")
-    }
-    expected = {
-        name: set(value.args[0].func.value.value.split()) for name, value in expected.items()
-    }  # of set("…".split())
-    wanted = dict(
-        both=expected["COMMON"], GRPO=expected["OF_GRPO"], SFT={"token_accuracy", "eval_loss"}
-    )
+    """The glossary has every key of metrics.jsonl: what test_smoke.py expects, and eval_loss."""
+    wanted = dict(SFT={"token_accuracy", "eval_loss"})
+    for script, name in (("both", "COMMON"), ("GRPO", "OF_GRPO")):
+        wanted[script] = eval(ast.unparse(assigned("test_smoke.py", name)))
+
     given = {script: set() for script in wanted}
     for keys, script, _ in table("| key | script |"):
         given[script] |= names(keys)
@@ -332,71 +420,89 @@ def test_metrics_glossary():
 
 
 def test_rollout_fields():
-    """The fields of rollouts.jsonl are those that rollout and finished_rows write."""
-    text = re.search(r"^`rollouts\.jsonl`.*", README, re.M)[0]
-    not_logged = {"prompts", "mask", "advantages", "rows"}  # what rollout leaves for update
-    assert (
-        names(text)
-        == (
-            written("grpo_video.py", "rollout", "judged", "finished_rows")
-            | {"kl", "entropy", "clip_ratio"}
-        )
-        - not_logged
-    )
+    """The fields of rollouts.jsonl are those that rollout, judged and finished_rows write."""
+    named = named_fields("| field of a prompt |") | named_fields("| field of a completion |")
+    logged = written("grpo_video.py", "rollout", "judged", "finished_rows")
+    assert named == logged | {"kl", "entropy", "clip_ratio"}
 
 
 def test_evaluation_fields():
-    """The fields of predictions_<split>.jsonl and summary.json are those that predict and tally write."""
-    row = re.search(r"^An evaluation folder.*?`responses` and `answers`", README, re.M)[0]
-    summary = re.search(r"and `summary\.json`, by split:(.*?)is the majority's", README)[1]
-    assert names(row) == written("eval_video.py", "prediction")
-    # Each of three values has its interval beside it, as the text says in a word.
-    fields = {name for name in written("eval_video.py", "tally") if not name.endswith("_ci95")}
-    assert names(summary) == fields | {"by_domain", "by_category"}
+    """The fields of predictions_<split>.jsonl and summary.json are prediction's and tally's."""
+    predictions = written("eval_video.py", "prediction")
+    assert named_fields("| field of a prediction |") == predictions
+
+    fields = written("eval_video.py", "tally") | {"by_domain", "by_category"}
+    intervals = {name for name in fields if name.endswith("_ci95")}
+    assert named_fields("| field of a split |") == fields - intervals
+    [sentence] = re.findall(r"^(.*) come with an interval each, `…_ci95`\.$", TEXT, re.M)
+    assert {f"{name}_ci95" for name in names(sentence)} == intervals
     assert 'tally(rows, "domain", "category")' in (ROOT / "eval_video.py").read_text()
 
 
 def test_record_fields():
     """The table of record fields names every field that parse_record reads, and no other."""
-    source = (ROOT / "grpo_video.py").read_text().splitlines()
     start, end = definitions("grpo_video.py")["parse_record"]
-    read = set(
-        re.findall(r"""raw(?:\.get\(|\[|, )["'](\w+)["']""", "\n".join(source[start - 1 : end]))
-    ) | {"choice_a", "choice_d"}
-    assert set().union(*(names(row[0]) for row in table("| field | needed |"))) == read
+    lines = (ROOT / "grpo_video.py").read_text().splitlines()[start - 1 : end]
+    read = re.findall(r"""raw(?:\.get\(|\[|, )["'](\w+)["']""", "\n".join(lines))
+    assert named_fields("| field | needed |") == {*read, "choice_a", "choice_d"}
+
+
+# ---- Code and marks -----------------------------------------------------------------------------
 
 
 def test_code_blocks_are_python():
-    """Every Python block parses, and calls of grpo_video's name what it has."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    """Every Python block parses, and what it takes from grpo_video is there."""
+    blocks = python_blocks()
+    assert len(blocks) == 4
     for block in blocks:
-        ast.parse("def f():\n" + block if block.startswith("    ") else block)
-    known = {
-        n.id
-        for n in ast.walk(ast.parse((ROOT / "grpo_video.py").read_text()))
-        if isinstance(n, ast.Name)
-    }
-    assert set(re.findall(r"\bg\.(\w+)", "".join(blocks))) <= known | {
-        *definitions("grpo_video.py")
-    }
+        ast.parse(block)
+
+    nodes = ast.walk(parsed("grpo_video.py"))
+    known = {n.id for n in nodes if isinstance(n, ast.Name)} | set(definitions("grpo_video.py"))
+    [audit] = [block for block in blocks if "import grpo_video as g" in block]
+    assert set(re.findall(r"\bg\.(\w+)", audit)) <= known
+    assert set(re.findall(r"\bc\.(\w+)", audit)) <= set(settings("grpo_video.py"))
 
 
-def test_dollars_and_fences():
-    """Each fence is closed, and GitHub's math knows no \\operatorname."""
-    assert (
-        README.count("```") % 2 == 0
-        and README.count("$`") == README.count("`$")
-        and "\\operatorname" not in README
+def test_the_wandb_snippet(tmp_path, monkeypatch):
+    """It sends a run's settings, and each row of metrics.jsonl under its step."""
+    rows = [dict(step=1, loss=0.0), dict(step=2, loss=0.5)]
+    folder = tmp_path / "runs/grpo"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(run=dict(beta=0.1))))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    sent = []
+    wandb = SimpleNamespace(
+        init=lambda **given: sent.append(given),
+        log=lambda row, step: sent.append((step, row)),
+        finish=lambda: sent.append("finished"),
     )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.chdir(tmp_path)
+    [snippet] = [block for block in python_blocks() if "import wandb" in block]
+    exec(snippet, {})
+
+    run = dict(project="seed-bench-r1", name="grpo", config=dict(beta=0.1))
+    assert sent == [run, (1, rows[0]), (2, rows[1]), "finished"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_dollars_and_fences(page):
+    """Each fence is closed, and GitHub's math knows no \\operatorname."""
+    text = PAGES[page]
+    assert text.count("```") % 2 == 0
+    assert text.count("$`") == text.count("`$")
+    assert "\\operatorname" not in text
 
 
 def test_no_placeholder_is_left():
     """Numbers and tests that were still to come have come."""
-    assert not re.findall(r"\b(?:TOY|TEST):\w+", README)
+    assert not re.findall(r"\b(?:TOY|TEST):\w+", TEXT)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--fix"]:
         sys.exit(__doc__)
-    (ROOT / "README.md").write_text(fixed(README))
+    for page in PAGES:
+        page.write_text(fixed(page))

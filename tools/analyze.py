@@ -1,243 +1,228 @@
-"""Does a model look while it answers, and does its thinking lead to its answer? eval_video.py's --analyze runs this.
+"""Does a model look while it answers, and does its thinking lead to its answer?
 
-    python eval_video.py --toy --model runs/toy-grpo --analyze --heatmaps 8 --output_dir runs/looked
-    python eval_video.py --model DIR --analyze --reference models/Qwen2-VL-7B-Instruct
+    python eval_video.py --toy --model runs/toy-grpo
+    python tools/analyze.py --toy --model runs/toy-grpo --heatmaps 8
 
-Visual attention: the response is put through the forward again. A token's share is what the row that predicts it (the prompt's last
-row for the first token) gives to the prompt's video and image tokens, mean over heads. Think tokens are those up to </think>, that
-tag included; answer tokens hold a character between <answer> and </answer> (as `>B` does). Without the tag there are none.
+    python tools/analyze.py --model DIR --data_root DATA --reference models/Qwen2-VL-7B-Instruct
 
-Consistency: the prompt and the response up to its letter are given, and the choices' letters are scored, renormalised among them.
-p_answer is the probability of the letter given, and the response is consistent if no other letter has more. With --reference that
-model judges. Without, the model is its own judge, twice: as it is (p_answer; greedy, it agrees with itself) and blind
-(p_answer_blind, every pixel the mean colour), where only the chain can lead to the letter; there blind decides on `consistent`.
+It comes after an evaluation and adds to its folder, which it finds by eval_video.py's own flags.
+What the questions looked like (max_frames, fps, frame_size, ablate, seed) is not asked again: that
+is taken from the folder's settings_<split>.json, whatever the flags say.
 
-Written: analysis_<split>.jsonl, a line a sample; heatmaps/<split>_<sample_id>.png; the means over a split in summary.json.
-Dimensions: C tokens of a response, N rows of it and its prompt, V visual tokens, L layers, H heads, K key heads, E a head's width.
+Visual attention: the response is put through the forward again. A token's share is what the row
+that predicts it (the prompt's last row for the first token) gives to the prompt's video and image
+tokens, mean over heads. Think tokens are those up to </think>, that tag included; answer tokens
+hold a character between <answer> and </answer> (as `>B` does). Without the tag there are none.
+
+Consistency: the prompt and the response up to its letter are given, and the choices' letters are
+scored, renormalised among them. p_answer is the probability of the letter given, and the response
+is consistent if no other letter has more. With --reference that model judges. Without, the model is
+its own judge, twice: as it is (p_answer; greedy, it agrees with itself) and blind (p_answer_blind,
+every pixel the mean colour), where only the chain can lead to the letter; there blind decides on
+`consistent`.
+
+Written: analysis_<split>.jsonl, a line a sample; heatmaps/<split>_<sample_id>.png; the means over a
+split as "analysis" in summary.json, and as a table on stdout.
+
+Dimensions: C tokens of a response, N rows of it and its prompt, V visual tokens, L layers, H heads,
+K key heads, E a head's width.
 """
 
 import itertools
 import json
 import math
 import re
-from functools import cache
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_video as e
 
 
-# ---- Visual attention ------------------------------------------------------------------------------------------------------
-def explicit_weights(q, k, C):
-    """q [N, H, E], k [N, K, E], the last C rows a completion's -> its rows' softmax(q k^T / sqrt(E)), [H, C, N] fp32, causal."""
-    k = k.repeat_interleave(
-        q.shape[1] // k.shape[1], dim=1
-    )  # [N, H, E]: a key head serves H / K heads
-    scores = torch.einsum("che,nhe->hcn", q[-C:].float(), k.float()) / math.sqrt(q.shape[2])
-    seen = torch.ones(C, len(k), dtype=torch.bool, device=k.device).tril(
-        len(k) - C
-    )  # row c: the prompt, itself up to c
-    return scores.masked_fill(~seen, -math.inf).softmax(-1)
+@dataclass
+class Config(e.Config):
+    """eval_video.py's settings, and two more."""
+
+    reference: str = ""  # folder of the model to judge thinking; default: the model itself, blind
+    heatmaps: int = 0  # pictures of the attention to draw of each split, at least 0
 
 
-def visual_attention(model, prompts, ids):
-    """One prompt and the ids of a response -> [L, C, V] fp32: what each token, in the row that predicts it, gives to the prompt's
-    visual tokens, mean over heads. Each layer's weights are cut to these at once, and its output is the one it always has."""
-    config, layers = model.config, []
-    own = torch.isin(
-        prompts.ids[0],
-        torch.tensor([config.image_token_id, config.video_token_id], device=prompts.ids.device),
-    )
-    visual = own.nonzero()[
-        :, 0
-    ]  # in the prompt alone: a placeholder that the model writes has no pixels
-
-    def watch(_, inputs):
-        *states, attend = inputs
-
-        def watched(q, k, v):
-            layers.append(explicit_weights(q, k, len(ids))[:, :, visual].mean(0))
-            return attend(q, k, v)
-
-        return *states, watched
-
-    hooks = [layer.register_forward_pre_hook(watch) for layer in model.model.layers]
-    model.completion_states(prompts, torch.tensor([[ids]], device=prompts.ids.device))
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(layers)
+# What the questions looked like: the evaluation's own.
+LOOKS = ("max_frames", "fps", "frame_size", "ablate", "seed")
 
 
-def attention_shares(weights, grids, kinds, think, answer, merge):
-    """weights [L, C, V], the kinds ("video", "image") of the grids, tokens' masks think and answer [C] -> a row's `attention`."""
-    shares = weights.sum(2)  # [L, C]
-    sizes = [h * w // merge**2 for t, h, w in grids for _ in range(t)]
-    parts = [
-        part.sum().item() for part in weights.mean((0, 1)).split(sizes)
-    ]  # of each pair of frames
-    of_kind = [kind for kind, (t, _, _) in zip(kinds, grids) for _ in range(t)]
-    frames, image = (
-        [part for part, found in zip(parts, of_kind) if found == kind]
-        for kind in ("video", "image")
-    )
-    think, answer = (
-        shares[:, mask].mean().item() if mask.any() else None for mask in (think, answer)
-    )
-    return dict(
-        layers=shares.mean(1).tolist(),
-        overall=shares.mean().item(),
-        think=think,
-        answer=answer,
-        frames=frames,
-        image=sum(image) if image else None,
-    )
+# ---- The run -------------------------------------------------------------------------------------
+def main():
+    c = e.parse_config(Config, e.TOY)
+    device, dtype = e.set_up(c.toy)
+
+    # What was evaluated: everything is looked at before the first model is loaded.
+    source = e.find_model(c.model)
+    folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
+    splits = c.splits + (["LVB"] if c.longvideobench else [])
+    summary = read_summary(folder, splits)
+    answers = {split: read_answers(folder, split) for split in splits}
+    settings = check_settings(c, folder, splits, source)
+    questions = {split: load_questions(c, split, settings[split]) for split in splits}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    check_reference(c.reference, tokenizer)
+
+    # The models.
+    model = e.load_model(source, device, dtype)
+    reference = None
+    if c.reference:
+        reference = e.load_model(Path(c.reference), device, dtype)
+
+    # The analysis.
+    found = {}
+    for split in splits:
+        c = replace(c, **{key: settings[split][key] for key in LOOKS})
+        records = {record["sample_id"]: record for record in questions[split]}
+        rows = [row for row in answers[split] if row["sample_id"] in records]
+        found[split] = analyze(c, split, rows, records, model, reference, tokenizer, folder)
+        summary[split]["analysis"] = found[split]
+    if e.RANK == 0:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        print(table(found))
+    dist.destroy_process_group()
 
 
-# ---- The response's parts --------------------------------------------------------------------------------------------------
-def token_places(tokenizer, ids):
-    """ids -> (text without special tokens, the characters [begin, end) of each token); a special token has none."""
-    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
-    return texts[-1], list(itertools.pairwise(map(len, texts)))
+def read_summary(folder, splits):
+    """-> summary.json of an evaluation that went through all of the splits."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text()) if path.is_file() else {}
 
-
-def sections(text, letter):
-    """A response and its letter -> the characters [begin, end) of its thinking, its answer and, where both a letter and a thinking
-    are there, that letter behind the thinking. What is absent is empty. An answer that is cut off goes to the end."""
-    thought, tag, rest = text.rpartition("</think>")
-    think = len(thought + tag)
-    before, opened, answer = rest.partition("<answer>")
-    start = think + len(before + opened)
-    stop = start + len(answer.partition("</answer>")[0])
-    begin, end = (start, stop) if opened else (think, len(text))
-    standing = rf"(?<!\w){letter}(?!\w)"  # as it is written, else as small: "is a wall: A"
-    found = (
-        re.search(standing, text[begin:end]) or re.search(standing, text[begin:end], re.I)
-        if letter and tag
-        else None
-    )
-    return (
-        (0, think),
-        (start, stop),
-        (begin + found.start(), begin + found.end()) if found else (0, 0),
-    )
-
-
-def touching(places, section):
-    """-> [C] bool, the tokens with a character in the section."""
-    return torch.tensor([max(begin, section[0]) < min(end, section[1]) for begin, end in places])
-
-
-# ---- Consistency -----------------------------------------------------------------------------------------------------------
-def letter_probs(model, tokenizer, prompts, ids, place, pieces):
-    """p of each letter at token `place` of a response, [letters]. pieces: that token's text with each letter in turn; None stands
-    for the token itself. Other letters may take several tokens there (`>E` where `>B` is one), whose probabilities multiply."""
-    tails = [
-        ids[place : place + 1]
-        if piece is None
-        else tokenizer(piece, add_special_tokens=False).input_ids
-        for piece in pieces
-    ]
-    rows = [torch.tensor(ids[:place] + tail, device=prompts.ids.device) for tail in tails]
-    logp = model(prompts, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[None])[
-        0, :, place:
-    ]  # [letters, tokens]
-    return torch.stack([row[: len(tail)].sum() for row, tail in zip(logp, tails)]).softmax(0)
-
-
-def blinded(prompts):
-    """The same prompt with every pixel the mean colour: its tokens and their positions stay."""
-    return e.Prompts(**vars(prompts) | dict(patches=torch.zeros_like(prompts.patches)))
-
-
-def consistency(model, reference, tokenizer, prompts, ids, places, text, spot, letter, letters):
-    """-> consistent, p_answer and, without a reference, p_answer_blind, as the module's docstring defines them. All None where
-    `spot`, the letter's characters, is empty."""
-    place = next(iter(touching(places, spot).nonzero()[:, 0].tolist()), None)
-    if place is None:
-        return dict(
-            consistent=None, p_answer=None, **{} if reference else dict(p_answer_blind=None)
+    absent = []
+    for split in splits:
+        files = (folder / f"predictions_{split}.jsonl", folder / f"settings_{split}.json")
+        if split not in summary or not all(file.is_file() for file in files):
+            absent.append(split)
+    if absent:
+        e.fail(
+            f"--output_dir {folder}: holds no predictions of {', '.join(absent)} "
+            "or no summary of them: run eval_video.py first"
         )
-    (begin, end), small = places[place], text[spot[0]].islower()
-    pieces = [
-        None
-        if other == letter
-        else text[begin : spot[0]] + (other.lower() if small else other) + text[spot[1] : end]
-        for other in letters
-    ]
-    views = (
-        dict(p_answer=prompts)
-        if reference
-        else dict(p_answer=prompts, p_answer_blind=blinded(prompts))
-    )
-    probs = {
-        name: letter_probs(reference or model, tokenizer, view, ids, place, pieces)
-        for name, view in views.items()
-    }
-    given, judge = letters.index(letter), [*probs.values()][-1]
-    return dict(
-        consistent=bool(judge[given] == judge.max()),
-        **{name: p[given].item() for name, p in probs.items()},
-    )
+    return summary
 
 
-@cache  # one for all splits
-def load_reference(folder, device, dtype):
-    """--reference DIR -> (model, vocabulary)."""
+def read_answers(folder, split):
+    """-> a split's rows of predictions. Those of an older version lack what is needed here."""
+    path = folder / f"predictions_{split}.jsonl"
+    rows = e.read_rows(path)
+    if any("ids" not in row for row in rows if not row["error"]):
+        e.fail(
+            f"{path} is an older version's and lacks the responses' token ids: delete that folder "
+            "or give another --output_dir, and run eval_video.py again"
+        )
+    return rows
+
+
+def check_settings(c, folder, splits, source):
+    """-> {split: its settings}, all of them an evaluation's of these weights."""
+    weights = e.weights_hash(source)
+
+    settings = {}
+    for split in splits:
+        settings[split] = json.loads((folder / f"settings_{split}.json").read_text())
+        if settings[split]["model_sha256"] != weights:
+            e.fail(
+                f"--output_dir {folder}: its {split} was answered by another model's weights than "
+                f"those in --model {c.model}"
+            )
+    return settings
+
+
+def load_questions(c, split, settings):
+    """-> a split's records, the first --limit, less what --ablate took away. They must be those
+    that were asked."""
+    place = f"--data_root {c.data_root}"
+    if split == "LVB":
+        place = f"--longvideobench {c.longvideobench}"
+        records = e.load_longvideobench(Path(c.longvideobench))
+    else:
+        root = Path(c.data_root)
+        records = e.load_records(root / f"annotations/{split}.jsonl", root)
+
+    if settings["data_sha256"] != e.questions_hash(records, settings["seed"]):
+        e.fail(f"{place}: its {split} has other questions than those that were answered")
+    return [e.ablated(record, settings["ablate"]) for record in records[: c.limit or None]]
+
+
+def check_reference(folder, tokenizer):
+    """--reference must be a checkpoint that reads the same tokens."""
+    if not folder:
+        return
     if not Path(folder, "config.json").is_file():
         e.fail(f"--reference {folder}: holds no config.json, as a Qwen2-VL checkpoint does")
-    return e.load_model(Path(folder), device, dtype), AutoTokenizer.from_pretrained(
-        folder
-    ).get_vocab()
+    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        e.fail(f"--reference {folder}: its vocabulary is not --model's, must be the same")
 
 
-# ---- Heatmaps --------------------------------------------------------------------------------------------------------------
-def heatmap(patches, grids, heat, vision, caption):
-    """patches [N, 1176] uint8 and heat [V] -> image: a column for each pair of frames (its first one) in the prompt's order, the
-    still image last, each merged patch the redder the more heat it has, 70 % at the maximum; the caption is below."""
-    tp, p, m, columns = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size, []
-    sizes = [math.prod(grid) for grid in grids]
-    for (t, h, w), x, part in zip(
-        grids, patches.split(sizes), heat.split([size // m**2 for size in sizes])
-    ):
-        x = x.view(t, h // m, w // m, m, m, 3, tp, p, p).permute(
-            0, 6, 1, 3, 7, 2, 4, 8, 5
-        )  # to_patches, backwards
-        frames = x.reshape(t, tp, h * p, w * p, 3)[:, 0].float()
-        weight = 0.7 * (part / heat.max()).view(t, h // m, w // m, 1).repeat_interleave(
-            m * p, 1
-        ).repeat_interleave(m * p, 2)
-        columns += frames * (1 - weight) + weight * torch.tensor([255.0, 0.0, 0.0])
-    strip = Image.fromarray(torch.cat(columns, dim=1).round().byte().numpy())
-    width = (
-        math.ceil(ImageDraw.Draw(strip).textlength(caption)) + 8
-    )  # a small image may be narrower than its caption
-    picture = Image.new("RGB", (max(strip.width, width), strip.height + 16), "white")
-    picture.paste(strip)
-    ImageDraw.Draw(picture).text((4, strip.height + 2), caption, fill="black")
-    return picture
+# ---- A split -------------------------------------------------------------------------------------
+@torch.no_grad()
+def analyze(c, split, rows, records, model, reference, tokenizer, folder):
+    """A split's rows of predictions and {sample_id: record} -> its summary; called on every rank.
+
+    Samples that failed, then or now, are counted as skipped."""
+    answered = [row for row in rows if not row["error"]]
+    mine = list(enumerate(answered))[e.RANK :: e.WORLD]
+    my_records = [records[row["sample_id"]] for _, row in mine]
+    pictures = folder / "heatmaps"
+    if c.heatmaps:
+        pictures.mkdir(exist_ok=True)
+
+    dataset = e.VideoDataset(my_records, tokenizer, model.config, c, shuffle=False)
+    batches = [[position] for position in range(len(mine))]
+    loader = e.load_batches(dataset, batches, c.dataloader_num_workers)
+    bar = tqdm(loader, desc=f"{split}, analysed", total=len(mine), disable=e.RANK > 0)
+    found = []
+    for [sample], (place, row), record in zip(bar, mine, my_records):
+        if "error" in sample:
+            continue
+        if c.ablate == "shuffle_frames":
+            sample = e.shuffle_frames(sample)
+        name = re.sub(r"[^\w.-]", "_", f"{split}_{row['sample_id']}")  # an id may hold a slash
+        picture = pictures / f"{name}.png" if place < c.heatmaps else None
+        kinds = [kind for kind, _ in record["media"]]
+        analysed = analyze_sample(model, reference, tokenizer, row, sample, kinds, picture)
+        found.append((place, analysed))
+
+    in_order = sorted(e.gather_rows([found]), key=lambda pair: pair[0])
+    found = [row for _, row in in_order]
+    if e.RANK == 0:
+        lines = [json.dumps(row) + "\n" for row in found]
+        (folder / f"analysis_{split}.jsonl").write_text("".join(lines))
+    return sum_up(found, len(rows) - len(found))
 
 
-# ---- A split ---------------------------------------------------------------------------------------------------------------
 def analyze_sample(model, reference, tokenizer, row, sample, kinds, picture):
-    """A row of predictions with its ids and its sample -> a row of analysis_<split>.jsonl. picture: path of a heatmap, or None."""
-    weight, vision, letters = (
-        model.model.embed_tokens.weight,
-        model.config.vision_config,
-        "ABCDE"[: len(sample["choices"])],
-    )
-    prompts, ids = e.Prompts.collate([sample], weight.device, weight.dtype), row["ids"]
+    """A row of predictions with its ids and its sample, whose media are of these kinds -> a row of
+    analysis_<split>.jsonl. picture: path of a heatmap, or None."""
+    weight = model.model.embed_tokens.weight
+    vision = model.config.vision_config
+    prompts = e.Prompts.collate([sample], weight.device, weight.dtype)
+    letters = "ABCDE"[: len(sample["choices"])]
+
+    # The response's parts.
+    ids = row["ids"]
     text, places = token_places(tokenizer, ids)
     letter = e.extract_answer(text, letters)
-    *parts, spot = sections(text, letter)
-    think, answer = (touching(places, part) for part in parts)
+    think, answer, spot = sections(text, letter)
+    think = touching(places, think)
+    answer = touching(places, answer)
+
     weights = visual_attention(model, prompts, ids).cpu()
-    if picture and sample["grids"]:  # without an answer: by all tokens
-        heat = (weights[:, answer] if answer.any() else weights).mean((0, 1))
+    if picture and sample["grids"]:
+        shown = weights[:, answer] if answer.any() else weights  # without an answer: by all tokens
         caption = f"{picture.stem}   gold {sample['gold']}   predicted {letter or 'none'}"
+        heat = shown.mean((0, 1))
         heatmap(sample["patches"], sample["grids"], heat, vision, caption).save(picture)
     return dict(
         sample_id=row["sample_id"],
@@ -251,26 +236,20 @@ def analyze_sample(model, reference, tokenizer, row, sample, kinds, picture):
     )
 
 
-def mean(values):
-    """Of those that are there; None if none is."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
 def sum_up(found, skipped):
-    """Rows of analysis_<split>.jsonl -> their means over samples, and the accuracy of the consistent and of the others."""
+    """Rows of analysis_<split>.jsonl -> their means over samples, and the accuracy of the
+    consistent and of the others."""
     shares = [row["attention"] for row in found]
-    attention = {
-        key: mean(x[key] for x in shares) for key in ("overall", "think", "answer", "image")
-    }
-    attention |= {
-        key: [*map(mean, itertools.zip_longest(*(x[key] for x in shares)))]
-        for key in ("layers", "frames")
-    }
-    summary = {
-        key: mean(row.get(key) for row in found)
-        for key in ("consistent", "p_answer", "p_answer_blind")
-    }
+    attention = {}
+    for key in ("overall", "think", "answer", "image"):
+        attention[key] = mean(x[key] for x in shares)
+    for key in ("layers", "frames"):  # a mean for each layer, and for each pair of frames
+        columns = itertools.zip_longest(*(x[key] for x in shares))
+        attention[key] = [mean(column) for column in columns]
+
+    summary = dict(samples=len(found), skipped=skipped, attention=attention)
+    for key in ("consistent", "p_answer", "p_answer_blind"):
+        summary[key] = mean(row.get(key) for row in found)
     for name, wanted in (("consistent", True), ("inconsistent", False)):
         rights = [row["correct"] for row in found if row["consistent"] is wanted]
         summary[f"if_{name}"] = dict(
@@ -279,105 +258,241 @@ def sum_up(found, skipped):
             total=len(rights),
             ci95=e.wilson(sum(rights), len(rights)),
         )
-    return dict(samples=len(found), skipped=skipped, attention=attention) | summary
+    return summary
 
 
-@torch.no_grad()
-def analyze(c, split, rows, records, model, tokenizer, folder):
-    """A split's rows of predictions and {sample_id: record} -> its summary; called on every rank. Samples that failed, then or
-    now, are counted as skipped."""
-    answered = [row for row in rows if not row["error"]]
-    if any("ids" not in row for row in answered):
-        e.fail(
-            f"--analyze: {folder}/predictions_{split}.jsonl is an older version's and lacks the responses' token ids: "
-            "delete that folder or give another --output_dir"
-        )
-    weight, reference, pictures = model.model.embed_tokens.weight, None, folder / "heatmaps"
-    if c.reference:
-        reference, vocabulary = load_reference(c.reference, weight.device, weight.dtype)
-        if vocabulary != tokenizer.get_vocab():
-            e.fail(f"--reference {c.reference}: its vocabulary is not --model's, must be the same")
-    if c.heatmaps:
-        pictures.mkdir(exist_ok=True)
-    mine = list(enumerate(answered))[e.RANK :: e.WORLD]
-    dataset = (e.ShuffledFrames if c.ablate == "shuffle_frames" else e.VideoDataset)(
-        [records[row["sample_id"]] for _, row in mine], tokenizer, model.config, c, False
+def mean(values):
+    """Of those that are there; None if none is."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+# ---- Visual attention ----------------------------------------------------------------------------
+def visual_attention(model, prompts, ids):
+    """One prompt and the ids of a response -> [L, C, V] fp32: what each token, in the row that
+    predicts it, gives to the prompt's visual tokens, mean over heads.
+
+    Each layer's weights are cut to these at once, and its output is the one it always has."""
+    # In the prompt alone: a placeholder that the model writes has no pixels.
+    placeholders = [model.config.image_token_id, model.config.video_token_id]
+    placeholders = torch.tensor(placeholders, device=prompts.ids.device)
+    visual = torch.isin(prompts.ids[0], placeholders).nonzero()[:, 0]  # [V]
+    layers = []
+
+    def watch(_, inputs):
+        *states, attend = inputs
+
+        def watched(q, k, v):
+            weights = explicit_weights(q, k, len(ids))  # [H, C, N]
+            layers.append(weights[:, :, visual].mean(0))
+            return attend(q, k, v)
+
+        return *states, watched
+
+    hooks = [layer.register_forward_pre_hook(watch) for layer in model.model.layers]
+    model.completion_states(prompts, torch.tensor([[ids]], device=prompts.ids.device))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(layers)
+
+
+def explicit_weights(q, k, C):
+    """q [N, H, E], k [N, K, E] -> softmax(q k^T / sqrt(E)), [H, C, N] fp32, of the last C rows, a
+    completion's; causal."""
+    N, K, E = k.shape
+    k = k.repeat_interleave(q.shape[1] // K, dim=1)  # [N, H, E]: a key head serves H / K heads
+    scores = torch.einsum("che,nhe->hcn", q[-C:].float(), k.float()) / math.sqrt(E)
+    # Row c sees the prompt, and its completion up to itself.
+    seen = torch.ones(C, N, dtype=torch.bool, device=k.device).tril(N - C)
+    return scores.masked_fill(~seen, -math.inf).softmax(-1)
+
+
+def attention_shares(weights, grids, kinds, think, answer, merge):
+    """weights [L, C, V], the kinds ("video", "image") of the grids, tokens' masks think and answer
+    [C] -> a row's `attention`."""
+    sizes = []
+    slice_kinds = []
+    for kind, (t, h, w) in zip(kinds, grids):  # a slice is a pair of frames, or an image
+        sizes += [h * w // merge**2] * t
+        slice_kinds += [kind] * t
+    slices = [part.sum().item() for part in weights.mean((0, 1)).split(sizes)]
+    image = [share for share, kind in zip(slices, slice_kinds) if kind == "image"]
+
+    shares = weights.sum(2)  # [L, C]
+    return dict(
+        layers=shares.mean(1).tolist(),
+        overall=shares.mean().item(),
+        think=shares[:, think].mean().item() if think.any() else None,
+        answer=shares[:, answer].mean().item() if answer.any() else None,
+        frames=[share for share, kind in zip(slices, slice_kinds) if kind == "video"],
+        image=sum(image) if image else None,
     )
-    samples, found = (
-        e.load_batches(dataset, [[i] for i in range(len(mine))], c.dataloader_num_workers),
-        [],
-    )
-    for [sample], (place, row) in zip(
-        tqdm(samples, desc=f"{split}, analysed", disable=e.RANK > 0), mine
-    ):
-        if "error" not in sample:
-            name = re.sub(r"[^\w.-]", "_", f"{split}_{row['sample_id']}")  # an id may hold a slash
-            kinds = [kind for kind, _ in records[row["sample_id"]]["media"]]
-            picture = pictures / f"{name}.png" if place < c.heatmaps else None
-            found.append(
-                (place, analyze_sample(model, reference, tokenizer, row, sample, kinds, picture))
-            )
-    found = [row for _, row in sorted(e.gather_rows(found), key=lambda pair: pair[0])]
-    if e.RANK == 0:
-        (folder / f"analysis_{split}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in found)
-        )
-    return sum_up(found, len(rows) - len(found))
 
 
-def analyze_all(c, answers, model, tokenizer, folder):
-    """eval_video.py's {split: rows, each with its record} -> "analysis" in each split of summary.json, and a table on stdout."""
-    summaries = {}
-    for split, rows in answers.items():
-        rows = e.gather_rows(
-            rows if e.RANK == 0 else []
-        )  # another rank may have read the file before its last rows were there
-        summaries[split] = analyze(
-            c, split, rows, {row["sample_id"]: row for row in rows}, model, tokenizer, folder
-        )
-    if e.RANK == 0:
-        summary = json.loads((folder / "summary.json").read_text())
-        summary = {split: x | dict(analysis=summaries[split]) for split, x in summary.items()}
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(table(summaries))
+# ---- The response's parts ------------------------------------------------------------------------
+def token_places(tokenizer, ids):
+    """ids -> (text without special tokens, the characters [begin, end) of each token); a special
+    token has none."""
+    texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
+    ends = [len(text) for text in texts]
+    return texts[-1], list(itertools.pairwise(ends))
+
+
+def sections(text, letter):
+    """A response and its letter -> the characters [begin, end) of its thinking, its answer and,
+    where both a letter and a thinking are there, that letter behind the thinking.
+
+    What is absent is empty. An answer that is cut off goes to the end."""
+    thought, tag, rest = text.rpartition("</think>")
+    think = len(thought + tag)
+    before, opened, answer = rest.partition("<answer>")
+    start = think + len(before + opened)
+    stop = start + len(answer.partition("</answer>")[0])
+
+    spot = (0, 0)
+    if letter and tag:
+        begin, end = (start, stop) if opened else (think, len(text))
+        part = text[begin:end]
+        standing = rf"(?<!\w){letter}(?!\w)"
+        # As it is written, else as small: "is a wall: A".
+        found = re.search(standing, part) or re.search(standing, part, re.I)
+        if found:
+            spot = (begin + found.start(), begin + found.end())
+    return (0, think), (start, stop), spot
+
+
+def touching(places, section):
+    """-> [C] bool, the tokens with a character in the section."""
+    first, last = section
+    return torch.tensor([max(begin, first) < min(end, last) for begin, end in places])
+
+
+# ---- Consistency ---------------------------------------------------------------------------------
+def consistency(model, reference, tokenizer, prompts, ids, places, text, spot, letter, letters):
+    """-> consistent, p_answer and, without a reference, p_answer_blind, as the module's docstring
+    defines them. All None where `spot`, the letter's characters, is empty."""
+    judge = reference or model
+    views = dict(p_answer=prompts)
+    if not reference:
+        views["p_answer_blind"] = blinded(prompts)
+    holding = touching(places, spot).nonzero()[:, 0].tolist()
+    if not holding:
+        return dict(consistent=None) | dict.fromkeys(views)
+
+    # The letter's token, with each letter in turn.
+    begin, end = places[holding[0]]
+    small = text[spot[0]].islower()
+    pieces = []
+    for other in letters:
+        written = other.lower() if small else other
+        piece = text[begin : spot[0]] + written + text[spot[1] : end]
+        pieces.append(None if other == letter else piece)
+
+    given = letters.index(letter)
+    found = {}
+    for name, view in views.items():
+        probs = letter_probs(judge, tokenizer, view, ids, holding[0], pieces)
+        found[name] = probs[given].item()
+        consistent = bool(probs[given] == probs.max())  # the last view decides
+    return dict(consistent=consistent) | found
+
+
+def blinded(prompts):
+    """The same prompt with every pixel the mean colour: its tokens and their positions stay."""
+    return e.Prompts(**vars(prompts) | dict(patches=torch.zeros_like(prompts.patches)))
+
+
+def letter_probs(model, tokenizer, prompts, ids, place, pieces):
+    """p of each letter at token `place` of a response, [letters]. pieces: that token's text with
+    each letter in turn; None stands for the token itself.
+
+    Other letters may take several tokens there (`>E` where `>B` is one), whose probabilities
+    multiply."""
+    tails = []
+    for piece in pieces:
+        if piece is None:
+            tails.append(ids[place : place + 1])
+        else:
+            tails.append(tokenizer(piece, add_special_tokens=False).input_ids)
+
+    rows = [torch.tensor(ids[:place] + tail, device=prompts.ids.device) for tail in tails]
+    rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    logp = model(prompts, rows[None])[0, :, place:]  # [letters, tokens]
+    scores = [row[: len(tail)].sum() for row, tail in zip(logp, tails)]
+    return torch.stack(scores).softmax(0)
+
+
+# ---- Heatmaps ------------------------------------------------------------------------------------
+def heatmap(patches, grids, heat, vision, caption):
+    """patches [N, 1176] uint8 and heat [V] -> image: a column for each pair of frames (its first
+    one) in the prompt's order, the still image last, the caption below.
+
+    Each merged patch is the redder the more heat it has, 70 % at the maximum."""
+    tp = vision.temporal_patch_size
+    p = vision.patch_size
+    m = vision.spatial_merge_size
+    sizes = [math.prod(grid) for grid in grids]
+    merged = [size // m**2 for size in sizes]
+    red = torch.tensor([255.0, 0.0, 0.0])
+    columns = []
+    for (t, h, w), x, part in zip(grids, patches.split(sizes), heat.split(merged)):
+        x = x.view(t, h // m, w // m, m, m, 3, tp, p, p)
+        x = x.permute(0, 6, 1, 3, 7, 2, 4, 8, 5)  # to_patches, backwards
+        frames = x.reshape(t, tp, h * p, w * p, 3)[:, 0].float()
+        weight = 0.7 * (part / heat.max()).view(t, h // m, w // m, 1)
+        weight = weight.repeat_interleave(m * p, 1).repeat_interleave(m * p, 2)  # of each pixel
+        columns.extend(frames * (1 - weight) + weight * red)
+
+    strip = Image.fromarray(torch.cat(columns, dim=1).round().byte().numpy())
+    # A small image may be narrower than its caption.
+    width = math.ceil(ImageDraw.Draw(strip).textlength(caption)) + 8
+    picture = Image.new("RGB", (max(strip.width, width), strip.height + 16), "white")
+    picture.paste(strip)
+    ImageDraw.Draw(picture).text((4, strip.height + 2), caption, fill="black")
+    return picture
+
+
+# ---- The table -----------------------------------------------------------------------------------
+HEADS = [
+    "split",
+    "samples",
+    "attention on vision",
+    "think",
+    "answer",
+    "consistent",
+    "accuracy if consistent",
+    "if inconsistent",
+    "p_answer",
+    "p_answer_blind",
+]
 
 
 def table(summaries):
-    """{split: what analyze returned} -> Markdown; shares and accuracies in %, with 95 % intervals."""
-
-    def percent(value):
-        return "" if value is None else f"{100 * value:.1f}"
-
-    heads = [
-        "split",
-        "samples",
-        "attention on vision",
-        "think",
-        "answer",
-        "consistent",
-        "accuracy if consistent",
-        "if inconsistent",
-        "p_answer",
-        "p_answer_blind",
-    ]
-    lines = [heads, ["---"] * len(heads)]
+    """{split: what analyze returned} -> Markdown; shares and accuracies in %, with 95 %
+    intervals."""
+    lines = [HEADS, ["---"] * len(HEADS)]
     for split, x in summaries.items():
-        groups = [
-            f"{percent(part['accuracy'])} ({100 * low:.0f}–{100 * high:.0f}, n = {part['total']})"
-            if part["total"]
-            else ""
-            for part in (x["if_consistent"], x["if_inconsistent"])
-            for low, high in [part["ci95"]]
-        ]
-        lines.append(
-            [
-                split,
-                str(x["samples"]),
-                *(percent(x["attention"][key]) for key in ("overall", "think", "answer")),
-                percent(x["consistent"]),
-                *groups,
-                percent(x["p_answer"]),
-                percent(x["p_answer_blind"]),
-            ]
-        )
+        line = [split, str(x["samples"])]
+        line += [percent(x["attention"][key]) for key in ("overall", "think", "answer")]
+        line.append(percent(x["consistent"]))
+        line += [accuracy(x[key]) for key in ("if_consistent", "if_inconsistent")]
+        line += [percent(x[key]) for key in ("p_answer", "p_answer_blind")]
+        lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(value):
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def accuracy(group):
+    """A summary's if_consistent or if_inconsistent -> a cell."""
+    if not group["total"]:
+        return ""
+    low, high = group["ci95"]
+    interval = f"{100 * low:.0f}–{100 * high:.0f}"
+    return f"{percent(group['accuracy'])} ({interval}, n = {group['total']})"
+
+
+if __name__ == "__main__":
+    main()

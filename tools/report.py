@@ -3,10 +3,9 @@
     python tools/report.py runs/toy-grpo    # writes runs/toy-grpo/report.html
     python tools/report.py runs/grpo runs/sft runs/eval --output all.html --data_root DATA
 
-It is about training runs and evaluations. It reads what the three scripts write (README.md,
-section 7) and recomputes nothing; numbers are cut to 4 digits. The page needs no network. What
-follows `#` in its address sets its filters and can be shared:
-report.html#step=3&answer=wrong&hover=12.
+It is about training runs and evaluations. It reads what the three scripts write (docs/metrics.md)
+and recomputes nothing; numbers are cut to 4 digits. The page needs no network. What follows `#` in
+its address sets its filters and can be shared: report.html#step=3&answer=wrong&hover=12.
 
 A model's or a data set's words are never markup: they are JSON with `<`, `>`, `&` and all that is
 not ASCII escaped, shown as text nodes, and the page's policy runs the one script written here and
@@ -62,7 +61,7 @@ def reading(place):
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{place}: {type(error).__name__}: {error}"
-        fail(f"{problem}; must be JSON as README.md, section 7, describes it")
+        fail(f"{problem}; must be JSON as docs/metrics.md describes it")
 
 
 def each(path, use):
