@@ -90,7 +90,7 @@ def sampled(folder):
         ("grpo_video.py", "grpo", 2, []),
         pytest.param("grpo_video.py", "dapo", 4, [], marks=pytest.mark.slow),
         pytest.param("grpo_video.py", "dr_grpo", 2, ["--beta", "0"], marks=pytest.mark.slow),
-        ("sft_video.py", None, 2, ["--learning_rate", "2e-4"]),
+        pytest.param("sft_video.py", None, 2, ["--learning_rate", "2e-4"], marks=pytest.mark.slow),
     ],
 )
 def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):

@@ -60,6 +60,7 @@ LOOKS = ("max_frames", "fps", "frame_size", "ablate", "seed")
 
 # ---- The run -------------------------------------------------------------------------------------
 def main():
+    e.__doc__ = __doc__  # what --help describes
     c = e.parse_config(Config, e.TOY)
     device, dtype = e.set_up(c.toy)
 
