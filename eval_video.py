@@ -527,7 +527,7 @@ def main():
         starts = range(0, len(todo), WORLD * c.batch_size)
         batches = [mine[start : start + c.batch_size] for start in starts]
         loader = load_batches(dataset, batches, c.dataloader_num_workers)
-        for samples in tqdm(loader, desc=split, disable=RANK > 0):
+        for samples in tqdm(loader, desc=split, total=len(batches), disable=RANK > 0):
             if c.ablate == "shuffle_frames":
                 samples = [shuffle_frames(sample) for sample in samples]
             rows = gather_rows([predict(model, tokenizer, samples, c)])

@@ -240,9 +240,9 @@ def parse_chat(raw, root):
         entries = message["content"]
         if not isinstance(entries, list):
             continue
-        kinds = [x.get("type") if isinstance(x, dict) else None for x in entries]
+        kinds = ("video", "image", "text")
         must(
-            {*kinds} <= {"video", "image", "text"},
+            all(isinstance(x, dict) and x.get("type") in kinds for x in entries),
             "each entry of a message's content must be an object whose type is video, image or "
             "text",
         )

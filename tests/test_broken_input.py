@@ -367,6 +367,7 @@ BAD_CHAT_ROWS = {
     "a message that is none": (bad(CHAT, prompt=["Next?"]), "prompt"),
     "content of strings": (chat("Next?"), ""),
     "a video without a path": (chat(dict(type="video", video=None)), "video"),
+    "a type that is a list": (chat(dict(type=["video"])), "whose type is video"),
     "an image without a type": (chat(dict(image="images/Ego4D/1.png")), ""),
     "no such file": (chat(dict(type="image", image="none.png")), "none.png"),
     "absolute path": (chat(dict(type="image", image="/etc/passwd")), "leaves the data root"),

@@ -791,6 +791,7 @@ def test_two_ranks(tmp_path, toy, model, evaluate):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "100%" in done.stderr  # the bar knows how many batches there are
     files = contents(two)
     assert {name: text.replace(b"/two", b"/one") for name, text in files.items()} == whole
 
