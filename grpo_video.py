@@ -44,6 +44,7 @@ import subprocess
 import sys
 import time
 import types
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from importlib.metadata import version
@@ -193,10 +194,10 @@ TOY = dict(
 # ------------------------------------------------------------------------------------------------
 
 
-def reward_of(text, gold, format_reward_weight):
+def reward_of(text, gold, format_reward_weight, choices=()):
     """-> (reward, answer): 1 for the gold letter, else 0; plus the weight if the text is <think>,
     then <answer>, and no more."""
-    answer = extract_answer(text)
+    answer = extract_answer(text, choices)
     reward = float(answer == gold)
 
     tags = ("<think>", "</think>", "<answer>", "</answer>")
@@ -309,7 +310,7 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
             completions=[],
         )
         for ids, length in zip(group, lengths):
-            row["completions"].append(judged(ids[:length], sample["gold"], c, tokenizer, end_ids))
+            row["completions"].append(judged(ids[:length], sample, c, tokenizer, end_ids))
         rows.append(row)
 
     rewards = [[x["reward"] for x in row["completions"]] for row in rows]
@@ -319,10 +320,10 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
     return Group(prompts, completions, mask, advantages, rows, signal)
 
 
-def judged(ids, gold, c, tokenizer, end_ids):
+def judged(ids, sample, c, tokenizer, end_ids):
     """A completion's ids, through its end token -> its entry in rollouts.jsonl, with its reward."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    reward, answer = reward_of(text, gold, c.format_reward_weight)
+    reward, answer = reward_of(text, sample["gold"], c.format_reward_weight, sample["choices"])
     return dict(
         ids=ids,
         length=len(ids),
@@ -552,35 +553,64 @@ def main():
 
 
 # === shared: answer — identical in grpo_video.py, eval_video.py ===
-def extract_answer(text, letters="ABCD"):
+def extract_answer(text, choices=()):
     """The one letter that a response gives inside <answer> tags, or behind the thinking; or None.
 
-    It stands alone, bracketed, boxed or bold; or as `B. text`, `B) text`, `B: text`; or behind
-    `answer is`, `Answer:`, `option`. `A knife` and `A or B` give none (trap 11)."""
-    if "<answer>" in text:
-        parts = re.findall(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", text, re.S)
-        answers = {extract_answer(part, letters) for part in parts}
-        return answers.pop() if len(answers) == 1 else None
+    Two different letters are none, and neither is the A of `A knife` (trap 11). `choices` are the
+    question's: their letters count; none given means four of unknown text."""
+    tagged = re.findall(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", text, re.S)
+    forms = answer_forms(choices, bool(tagged))
+    letters = {given_letter(part, forms) for part in tagged or [text]}
+    return letters.pop() if len(letters) == 1 else None
 
+
+def given_letter(text, forms):
+    """One part of a response -> the letter that the first of the forms in it has, or None."""
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None  # cut off while thinking
-    text = re.sub(r"\\[a-z]+|[{}$*`]", " ", text).strip()  # \boxed{\text{B}}, **B**
 
-    one = f"[{letters}]"
-    if re.fullmatch(rf"\W*{one}\W*", text, re.I):  # a letter alone
-        return re.search(one, text, re.I)[0].upper()
+    text = plain(text)
+    for form in forms:
+        found = " ".join(re.findall(form, text, re.X))
+        letters = {*re.findall(r"\b[A-E]\b", found.upper())}
+        if letters:
+            return letters.pop() if len(letters) == 1 else None
+    return None
 
-    if re.fullmatch(rf"\W*{one}(?:(?:\W|\bor\b|\band\b)+{one})+\W*", text):  # letters alone
-        found = re.findall(one, text)
-    else:
-        found = re.findall(rf"(?:^\W*|[\s(])({one})(?:[):]|\.(?=\s+\S))", text)
-        several = rf"{one}(?!\w)(?:\W*(?:\bor\b|\band\b|[,/&])\W*{one}(?!\w))*"
-        word = r"(?i:answer|option|choice)(?i: is|:)*"
-        not_a_word = r"(?!'|\s+(?!or\b|and\b)[a-z])"
-        for group in re.findall(rf"{word}\W*({several}){not_a_word}", text):
-            found += re.findall(one, re.sub(r"\b(?:or|and)\b", "", group))
-    return found[0] if len({*found}) == 1 else None
+
+def plain(text):
+    r"""Less mark-up, and with plain signs for full-width ones: **B**, \boxed{\text{B}}, Ｂ．"""
+    text = unicodedata.normalize("NFKC", text)
+    return re.sub(r"\\[a-z]+|[{}$*`]", " ", text).strip()
+
+
+def answer_forms(choices, tagged):
+    """-> verbose regular expressions of the forms of an answer, a clear one before a weaker one."""
+    one = f"[{'ABCDE'[: len(choices) or 4]}]"
+    more = rf"(?: [^\w,、/&]* (?: \bor\b | \band\b | [,、/&] ) )++ \W* {one}\b"  # `or C`, `, C`
+    own = r"\W+".join(re.findall(r"\w+", plain("".join(choices[:1]))))  # the words of choice A
+    # Behind `B `, in tags anything; without, one phrase: a second sentence may say no to B.
+    rest = "" if tagged else r"(?= [^,.;:!?\n]++ \W*\Z )"
+
+    return (
+        # Alone: `B`, `b`, `(B)`; or several, `A or B`
+        rf"\A\W* (?: (?i: {one} ) | {one} (?: (?: \W | \bor\b | \band\b )+ {one} )+ ) \W*\Z",
+        # Announced: `answer is B`, `Option B`; or marked: `B. text`, `B.text`, `B) text`, `B: text`
+        rf"""
+          (?i: (?<= answer | option | choice ) (?: [ ]is | : )* ) \W* {one}\b (?: {more} )*
+          (?! ' | \s+ (?! or\b | and\b ) [a-z] )
+        | (?: \A\W* | [\s(\[] ) {one} (?: [):\]] | \. (?= \s+\S | \w\w | \w\s ) )
+        """,
+        # In front: `B - text`, `B` on its own line, `B, text`, `B text`; of A, which may be an
+        # article, `A text` with choice A's own. No other letter opens a line or stands behind `or`.
+        rf"""
+        \A (?! [\S\s]* (?: \n [^\w\n]* | \bor\s ) (?! A\s\w ) {one}\b ) \W* (?:
+          {one} (?! {more} ) (?: \s*[-–—]\s | \s*\n | 、 | , {rest} )
+        | (?! A ) {one} (?! {more} | \s+ (?: or | and )\b ) \s {rest}
+        | A \s++ (?= (?i: {own} ) \W*\Z ) )
+        """,
+    )
 
 
 def gather_rows(lists):

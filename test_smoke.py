@@ -630,6 +630,7 @@ def make_sample(config, *parts, seed=0):
         ids=torch.tensor(ids),
         positions=mrope_positions(ids, grids, config),
         text="",
+        choices=["up", "down", "left", "right"],
         gold="A",
         patches=torch.cat(patches),
         grids=grids,

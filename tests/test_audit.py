@@ -23,7 +23,7 @@ REWARDED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import grpo_video
-grpo_video.reward_of = lambda text, gold, weight: (float(len(text) % 3), None)
+grpo_video.reward_of = lambda text, *others: (float(len(text) % 3), None)
 grpo_video.main()
 """
 

@@ -21,7 +21,18 @@ LAST = 1 - 2**-53  # the largest number that torch.rand gives in float64
 
 # ---- The answer ----------------------------------------------------------------------------------
 ANSWERS = {
-    "A": ["A. Cut vitamin C", "A. Cut vitamin C.", "The answer is A.", "choice (A)"],
+    "A": [
+        "A. Cut vitamin C",
+        "A. Cut vitamin C.",
+        "The answer is A.",
+        "choice (A)",
+        "A - Cut vitamin C",
+        "A, knife",
+        "A\nknife",
+        "A.knife",
+        "A、knife",
+        "[A] knife",
+    ],
     "B": [
         # the letter alone
         "B",
@@ -39,6 +50,8 @@ ANSWERS = {
         r"\boxed{\text{B}}",
         "B。",
         "（B）",
+        "Ｂ",
+        "（Ｂ）",
         # with the choice's words
         "B. grab onion",
         "B) grab onion",
@@ -46,6 +59,32 @@ ANSWERS = {
         "(B) grab onion",
         "**B.** grab onion",
         "B.\ngrab onion",
+        "B.grab onion",
+        "B.Grab onion",
+        "B.2 onions",
+        "B．grab onion",
+        "B、grab onion",
+        "B，grab onion",
+        "Ｂ．grab onion",
+        "[B] grab onion",
+        "B - grab onion",
+        "B – grab onion",
+        "B — grab onion",
+        "B- grab onion",
+        "B\ngrab onion",
+        "B\n\nThe onion is next. It is not peeled.",
+        "B\nA knife would come later.",
+        "**B**\ngrab onion",
+        "B, grab onion",
+        "B grab onion",
+        "B grab onion.",
+        "B Grab onion",
+        "Ｂ grab onion",
+        "<answer>B grab onion, then peel it. So B.</answer>",
+        "<answer>B, grab onion, then peel it.</answer>",
+        "<answer>B is not C</answer>",
+        "<answer>**B** grab onion</answer>",
+        "<think>C cut it</think>B grab onion",
         # announced
         "Answer: B",
         "answer: (B)",
@@ -67,7 +106,14 @@ ANSWERS = {
         "<answer>B<answer>B</answer>",
     ],
     "C": ["the answer is (C)", "The correct answer is: C."],
-    "D": ["Option D", "Option D: set stopwatch", "D. all of A, B and C"],
+    "D": [
+        "Option D",
+        "Option D: set stopwatch",
+        "D. all of A, B and C",
+        "<answer>D all of A, B and C</answer>",
+        "C is wrong. The answer is D.",
+        "C, which is wrong. The answer is D.",
+    ],
     None: [
         # words
         "Cut the onion",
@@ -77,15 +123,35 @@ ANSWERS = {
         "Answer: A knife",
         "Drop it",
         "I see a Big knife",
+        "I think",
+        "Be careful",
+        "<answer>Be careful</answer>",
+        "C'est",
+        "<answer>C'est bon</answer>",
+        "<answer>C-clamp</answer>",
+        "D.C.",
+        "a knife",
+        "b grab onion",
+        "<answer>b grab onion</answer>",
+        "b, grab onion",
+        "b - grab onion",
+        "<answer>a knife</answer>",
+        # prose, which goes on
+        "B is wrong. Then the lid goes on.",
+        "C is the pot, D is the pan.",
+        "D, which is a pan, is wrong.",
+        "The lid comes next, B grab onion",
         # other letters
         "E",
         "(E)",
+        "E grab onion",
         "F. fly",
+        "<answer>F fly</answer>",
         "Answer: E",
         "AB",
         "42",
         "é",
-        "Ｂ",
+        "Ｆ",
         "答案",
         # empty, cut off
         "",
@@ -116,6 +182,23 @@ ANSWERS = {
         "<answer>A</answer><answer>B</answer>",
         "<answer>A<answer>B</answer>",
         "<answer>A or B</answer>",
+        "B or C",
+        "B and C",
+        "B or",
+        "<answer>B or</answer>",
+        "<answer>B and C are right</answer>",
+        "<answer>B or C grab onion</answer>",
+        "<answer>B, C grab onion</answer>",
+        "<answer>B, or C</answer>",
+        "<answer>B and/or C</answer>",
+        "<answer>B grab onion or C cut it</answer>",
+        "<answer>B grab onion\nC cut it</answer>",
+        "A - Cut it.\nB - Peel it.",
+        "A.Cut it.\nB.Peel it.",
+        "A.Cut it B.Peel it",
+        "[A] Cut it [B] Peel it",
+        "B、C",
+        "<answer>B grab onion</answer><answer>C cut it</answer>",
     ],
 }
 ANSWER_CASES = []
@@ -127,24 +210,76 @@ for letter, texts in ANSWERS.items():
 def test_extract_answer(text, expected):
     """Trap 11: the table of accepted forms, and what must score 0."""
     assert g.extract_answer(text) == expected
+    if expected and "<" not in text:
+        assert g.extract_answer(f"<answer>{text}</answer>") == expected
+        assert g.extract_answer(f"<think>A, B or C</think>\n{text}\n") == expected
 
 
 @pytest.mark.parametrize(
-    "text, letters, expected",
+    "text, count, expected",
     [
-        ("E", "ABCDE", "E"),
-        ("(e)", "ABCDE", "E"),
-        ("Answer: E", "ABCDE", "E"),
-        ("E. none", "ABCDE", "E"),
-        ("D or E", "ABCDE", None),
-        ("F", "ABCDE", None),
-        ("C", "AB", None),
-        ("B", "AB", "B"),
+        ("E", 5, "E"),
+        ("(e)", 5, "E"),
+        ("Answer: E", 5, "E"),
+        ("E. none", 5, "E"),
+        ("E none", 5, "E"),
+        ("E - none", 5, "E"),
+        ("D or E", 5, None),
+        ("F", 5, None),
+        ("C", 2, None),
+        ("C none", 2, None),
+        ("B", 2, "B"),
+        ("B none", 2, "B"),
     ],
 )
-def test_extract_answer_among_other_letters(text, letters, expected):
+def test_extract_answer_among_other_letters(text, count, expected):
     """LongVideoBench has four or five candidates: a letter counts if it is one of them."""
-    assert g.extract_answer(text, letters) == expected
+    assert g.extract_answer(text, ["up"] * count) == expected
+
+
+@pytest.mark.parametrize(
+    "text, choice, expected",
+    [
+        ("A knife", "knife", "A"),
+        ("A knife.", "knife", "A"),
+        ("A  Knife", "knife", "A"),
+        ("A knife", "Knife.", "A"),
+        ("A grab\nthe knife", "grab  the knife", "A"),
+        ("Ａ knife", "knife", "A"),
+        ("A ½ cup", "½ cup", "A"),
+        ("A pan, then a lid", "pan, then a lid", "A"),
+        ("A A knife", "A knife", "A"),
+        ("A c++ (new)", "C++ (new)", "A"),
+        ("A knife", "A knife", None),
+        ("A knife", "lid", None),
+        ("A lid", "knife", None),
+        ("A knife and a lid", "knife", None),
+        ("A kni", "knife", None),
+        ("A knifes", "knife", None),
+        ("a knife", "knife", None),
+        ("a knife", "a knife", None),
+        ("A knife", "", None),
+        ("A or knife", "knife", None),
+        ("A. knife", "lid", "A"),
+        ("B knife", "knife", "B"),
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "<answer>{}</answer>", "<think>A lid</think>{}"])
+def test_extract_answer_of_a_choices_text(form, text, choice, expected):
+    """The A of `A knife` may be an article: it is the letter where choice A is the knife."""
+    text = form.format(text)
+    assert g.extract_answer(text, [choice, "cut", "peel", "wash"]) == expected
+
+
+def test_the_choices_come_with_a_completion(monkeypatch):
+    """The reward of `A knife` is by the sample's own choices."""
+    sample = dict(gold="A", choices=["knife", "cut", "peel", "wash"])
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "<answer>A knife</answer>")
+    c = g.Config(format_reward_weight=0)
+    assert g.judged([1, END], sample, c, tokenizer, [END])["reward"] == 1
+    sample["choices"] = ["lid", "cut", "peel", "wash"]
+    entry = g.judged([1, END], sample, c, tokenizer, [END])
+    assert (entry["reward"], entry["answer"]) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +295,13 @@ def test_extract_answer_among_other_letters(text, letters, expected):
         r"\boxed{" * 20000,
         "<think></think>" * 9000,
         "<think>" + "</think><answer>" * 9000,
+        "answer A" + "," * 90000,
+        "answer A" + ", " * 50000 + "x",
+        "B" + "\n" * 90000 + "x",
+        "B, " + " " * 90000 + "x.y",
+        "B " + "put lid or " * 9000,
+        "B\n" * 40000 + "x",
+        "\ufdfa" * 100000,  # 18 characters each, once normalised
     ],
     ids=lambda text: text[:20],
 )

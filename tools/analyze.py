@@ -214,7 +214,7 @@ def analyze_sample(model, reference, tokenizer, row, sample, kinds, picture):
     # The response's parts.
     ids = row["ids"]
     text, places = token_places(tokenizer, ids)
-    letter = e.extract_answer(text, letters)
+    letter = e.extract_answer(text, sample["choices"])
     think, answer, spot = sections(text, letter)
     think = touching(places, think)
     answer = touching(places, answer)
