@@ -15,9 +15,9 @@ For each split (`main` is this list):
     tally       -> accuracy with its interval, by domain; what failed is counted apart
     comparison  -> the paired difference to another model's answers, with McNemar's p
 
-A row is in predictions_<split>.jsonl as soon as it is answered, and a second run goes on behind the
-last whole line. A question that fails (an unreadable video) is in `failed` and in no denominator.
-Batch size and ranks change responses by rounding alone.
+A row is in predictions_<split>.jsonl as soon as it is answered, and a second run grades what is
+there anew and goes on behind the last whole line. A question that fails (an unreadable video) is in
+`failed` and in no denominator. Batch size and ranks change responses by rounding alone.
 
 Dimensions: B prompts, G samples of each (K in the tables), P and C their tokens, N rows (tokens or
 patches), H heads, K key-value heads, E head width, D model width, V vocabulary, T frames.
@@ -321,22 +321,30 @@ def predict(model, tokenizer, samples, c):
 def prediction(sample):
     """A sample with its responses, or its error -> its row."""
     texts = sample.get("texts", [None])
-    answers = [extract_answer(text or "", sample["choices"]) for text in texts]
-
-    # The majority's answer; of equals the first that was sampled.
-    predicted = max(filter(None, answers), key=answers.count, default=None)
     row = dict(
         sample_id=sample["sample_id"],
         response=texts[0],
         ids=sample.get("first"),
-        predicted=predicted,
         gold=sample["gold"],
-        correct=predicted == sample["gold"],
         domain=sample["domain"],
         error=sample.get("error"),
     )
+
     if len(texts) > 1:
-        row |= dict(responses=texts, answers=answers)
+        row["responses"] = texts
+    return graded(row, sample["choices"])
+
+
+def graded(row, choices):
+    """A row -> the same with predicted, correct and, of K samples, answers as its responses say."""
+    texts = row.get("responses", [row["response"]])
+    answers = [extract_answer(text or "", choices) for text in texts]
+
+    # The majority's answer; of equals the first that was sampled.
+    predicted = max(filter(None, answers), key=answers.count, default=None)
+    row |= dict(predicted=predicted, correct=predicted == row["gold"])
+    if "responses" in row:
+        row["answers"] = answers
     return row
 
 
@@ -365,26 +373,29 @@ def shuffle_frames(sample):
 # ------------------------------------------------------------------------------------------------
 
 
-def open_split(folder, split, settings):
-    """-> (path, ids) of the rows that are there already. Another model's, or by other data or
-    settings, are an error."""
+def open_split(folder, split, settings, records):
+    """-> (path, ids) of the rows that are there already, graded anew, as a file has one grader.
+    Another model's, or by other data or settings, are an error."""
     path = folder / f"predictions_{split}.jsonl"
     settings_path = folder / f"settings_{split}.json"
-    done = {row["sample_id"] for row in read_rows(path)}
-    if done:
+    rows = read_rows(path)
+    if rows:
         before = json.loads(settings_path.read_text())
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             where = f"--output_dir {folder}: its {split} has"
             fail(*(f"{where} {key} {before.get(key)!r}, not {settings[key]!r}" for key in changed))
 
-        if RANK == 0:  # the other ranks may still be reading, but not what changes here
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        choices = {r["sample_id"]: choose(r, settings["seed"], 0)[0] for r in records}
+        if RANK == 0:  # the other ranks may still be reading: the file is replaced as a whole
+            beside = path.with_suffix(".new")
+            write_rows(beside, [graded(row, choices[row["sample_id"]]) for row in rows], "w")
+            beside.replace(path)
     elif RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         settings_path.write_text(json.dumps(settings, indent=1))
         path.write_bytes(b"")
-    return path, done
+    return path, {row["sample_id"] for row in rows}
 
 
 def read_rows(path):
@@ -504,6 +515,10 @@ def main():
     root = Path(c.data_root)
 
     # The questions and the model.
+    there = sorted(path.stem for path in root.glob("annotations/*.jsonl"))
+    if there and {*c.splits} - {*there}:
+        fail(f"--splits {' '.join(c.splits)}: {root}/annotations has {' '.join(there)}")
+
     splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in c.splits}
     if c.longvideobench:
         splits["LVB"] = load_longvideobench(Path(c.longvideobench))
@@ -515,9 +530,10 @@ def main():
     settings["model_sha256"] = weights_hash(source)
 
     answers = {}
+    short = []
     for split, records in splits.items():
         settings["data_sha256"] = questions_hash(records, c.seed)
-        path, done = open_split(folder, split, settings)
+        path, done = open_split(folder, split, settings, records)
         questions = {r["sample_id"]: ablated(r, c.ablate) for r in records[: c.limit or None]}
         todo = [record for name, record in questions.items() if name not in done]
         dataset = VideoDataset(todo, tokenizer, model.config, c, shuffle=False)
@@ -527,12 +543,17 @@ def main():
         starts = range(0, len(todo), WORLD * c.batch_size)
         batches = [mine[start : start + c.batch_size] for start in starts]
         loader = load_batches(dataset, batches, c.dataloader_num_workers)
+
         for samples in tqdm(loader, desc=split, total=len(batches), disable=RANK > 0):
             if c.ablate == "shuffle_frames":
                 samples = [shuffle_frames(sample) for sample in samples]
             rows = gather_rows([predict(model, tokenizer, samples, c)])
             if RANK == 0:
                 write_rows(path, rows, "a")
+                for row in rows:
+                    if row["error"]:
+                        told = f"{split}: sample_id {row['sample_id']} failed: {row['error']}"
+                        tqdm.write(told, file=sys.stderr)
 
         # The rows that are there by now, with their questions.
         answers[split] = [
@@ -540,6 +561,9 @@ def main():
             for row in read_rows(path)
             if row["sample_id"] in questions
         ]
+        if len(answers[split]) < len(questions):
+            counts = f"{len(answers[split])} rows of {len(questions)} questions"
+            short.append(f"{path}: {counts}; the same command goes on")
 
     # Tally and comparison.
     if RANK == 0:
@@ -551,6 +575,8 @@ def main():
         print(f"{folder}/ holds predictions_<split>.jsonl, summary.json and summary.md")
         if c.save_cot:
             save_cot(answers, root, c)
+        if short:
+            fail(*short)
     dist.destroy_process_group()
 
 

@@ -162,6 +162,17 @@ def small_root(toy, folder, n=6):
     return folder
 
 
+def draw_choices(root):
+    """Takes the fixed choices from L1's questions, for some to be drawn -> its rows."""
+    path = root / f"annotations/{L1}.jsonl"
+    raws = read_rows(path)
+    for raw in raws:
+        raw["golden_choice_idx"] = None
+        raw["negative_answers"] = ["fly", "swim", "dive", "sit", "lie"]
+    path.write_text("".join(json.dumps(raw) + "\n" for raw in raws))
+    return raws
+
+
 def asked(evaluate, monkeypatch, folder, **flags):
     """The samples that an evaluation hands to the model."""
     samples = []
@@ -687,13 +698,85 @@ def test_broken_predictions(unbroken, fails):
     assert contents(unbroken) == before
 
 
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_resumed_folder_has_one_grader(tmp_path, unbroken, evaluate, say, K):
+    """Stored responses are graded anew: a changed grade is mended, beyond --limit too.
+
+    --compare reads what is stored.
+    """
+    folder = unbroken
+    if K > 1:
+        folder = tmp_path / "several"
+        say(lambda i: [f"<answer>{x}</answer>" for x in ("B", "ACBB"[i % 4], "A")])
+        evaluate(folder, limit=24, num_samples=K)
+    whole = contents(folder)
+
+    rows = read(folder)
+    for i in (0, 11, 23):
+        other = "CD"[rows[i]["predicted"] == "C"]
+        rows[i] |= dict(predicted=other, correct=rows[i]["gold"] == other)
+        if K > 1:
+            rows[i]["answers"] = [other] * K
+    path = folder / PREDICTIONS
+    e.write_rows(path, rows, "w")
+    changed = path.read_bytes()
+    assert changed != whole[PREDICTIONS]
+
+    evaluate(tmp_path / "none", compare=folder)
+    assert path.read_bytes() == changed
+    path.write_bytes(changed + b'{"sample_id": ')  # a kill's
+    evaluate(folder, limit=12, num_samples=K)
+    assert path.read_bytes() == whole[PREDICTIONS]
+    evaluate(folder, limit=24, num_samples=K)
+    assert contents(folder) == whole
+
+
+def test_rows_are_graded_by_their_choices(tmp_path, toy, evaluate, say):
+    """`A swim` is A where choice A, here drawn, is "swim": in a new row, and when graded anew."""
+    root = small_root(toy, tmp_path / "root", 8)
+    draw_choices(root)
+    say(lambda i: ["<answer>A swim</answer>"])
+    evaluate(tmp_path / "out", data_root=root)
+    rows = read(tmp_path / "out")
+    records = e.load_records(root / f"annotations/{L1}.jsonl", root)
+    swim = [e.choose(record, 42, 0)[0][0] == "swim" for record in records]
+    assert {*swim} == {True, False}
+    assert [row["predicted"] for row in rows] == ["A" if x else None for x in swim]
+
+    path = tmp_path / "out" / PREDICTIONS
+    e.write_rows(path, [row | dict(predicted="D", correct=False) for row in rows], "w")
+    evaluate(tmp_path / "out", data_root=root)
+    assert read(tmp_path / "out") == rows
+
+
 # ---- Failures ------------------------------------------------------------------------------------
-def test_failed_samples(tmp_path, toy, evaluate, say):
+def test_an_answer_lost(tmp_path, evaluate, fails, monkeypatch):
+    """Fewer rows than questions, whatever ended the loop: exit code 2, after all is written."""
+    load_batches = e.load_batches
+
+    def lossy(dataset, batches, workers):
+        return load_batches(dataset, batches[:-1], workers)
+
+    monkeypatch.setattr(e, "load_batches", lossy)
+    told = fails(tmp_path, splits=f"{L1} {L2}", limit=6, batch_size=4)
+    assert len(told) == 2
+    assert f"{tmp_path}/{PREDICTIONS}: 4 rows of 6 questions" in told[0]
+    assert f"predictions_{L2}.jsonl: 4 rows of 6 questions" in told[1]
+    assert summary(tmp_path)["total"] == summary(tmp_path, L2)["total"] == 4
+
+    monkeypatch.setattr(e, "load_batches", load_batches)
+    evaluate(tmp_path, splits=f"{L1} {L2}", limit=6)
+    assert summary(tmp_path)["total"] == summary(tmp_path, L2)["total"] == 6
+
+
+def test_failed_samples(tmp_path, toy, evaluate, say, monkeypatch):
     """Traps 13 and 18: an unreadable video is a row with its error, and in no denominator.
 
-    It is in the column `failed`; the others of its batch are answered. A batch of failures alone
-    passes too.
+    It is in the column `failed` and a line on stderr; the others of its batch are answered. A batch
+    of failures alone passes too.
     """
+    told = []
+    monkeypatch.setattr(e.tqdm, "write", lambda text, file: told.append((text, file)))
     root = small_root(toy, tmp_path / "root")
     for name in ("1001", "1004", "1005"):
         (root / f"videos/EpicKitchens/{name}.avi").write_bytes(b"no video")
@@ -704,6 +787,9 @@ def test_failed_samples(tmp_path, toy, evaluate, say):
     assert [row["sample_id"] for row in rows] == [*range(1000, 1006)]
     assert [row["sample_id"] for row in rows if row["error"]] == [1001, 1004, 1005]
     assert "1001.avi" in rows[1]["error"]
+    failed = [row for row in rows if row["error"]]
+    lines = [f"{L1}: sample_id {row['sample_id']} failed: {row['error']}" for row in failed]
+    assert told == [(line, sys.stderr) for line in lines]
     assert rows[1]["response"] is rows[1]["predicted"] is None
     assert not rows[1]["correct"]
 
@@ -738,7 +824,11 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (dict(splits="validation_L9"), "annotations/validation_L9.jsonl: no such annotation file"),
+        (
+            dict(splits=f"{L1} validation_L9"),
+            f"--splits {L1} validation_L9: {{root}}/annotations has format_only training_6k "
+            f"training_with_cot_6k {L1} {L2} {L3}",
+        ),
         (dict(splits="training_with_cot_6k"), "sample_id 0"),
         (dict(data_root="nowhere"), "nowhere/annotations"),
         (dict(model="nowhere/model"), "--model nowhere/model"),
@@ -749,10 +839,10 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
         (dict(compare="nowhere"), "--compare nowhere: no predictions there"),
     ],
 )
-def test_errors(tmp_path, fails, flags, words):
+def test_errors(tmp_path, toy, fails, flags, words):
     """What cannot be evaluated ends with exit code 2 and says why, before anything is written."""
     told = fails(tmp_path / "out", **flags)
-    assert any(words in line for line in told), told
+    assert any(words.format(root=toy / "data") in line for line in told), told
     assert not (tmp_path / "out").exists()
 
 
@@ -935,12 +1025,7 @@ def test_save_cot_without_thinking(tmp_path, evaluate, fails, say):
 def test_drawn_choices(tmp_path, toy, evaluate, say, monkeypatch):
     """A question with negative_answers is asked, judged and saved with the same drawn choices."""
     root = small_root(toy, tmp_path / "root", 4)
-    path = root / f"annotations/{L1}.jsonl"
-    negatives = ["fly", "swim", "dive", "sit", "lie"]
-    raws = read_rows(path)
-    for raw in raws:
-        raw |= dict(golden_choice_idx=None, negative_answers=negatives)
-    path.write_text("".join(json.dumps(raw) + "\n" for raw in raws))
+    raws = draw_choices(root)
 
     flags = dict(data_root=root, limit=22, max_completion_length=2)
     samples = asked(evaluate, monkeypatch, tmp_path / "golds", **flags)

@@ -427,8 +427,8 @@ def test_rollout_fields():
 
 
 def test_evaluation_fields():
-    """The fields of predictions_<split>.jsonl and summary.json are prediction's and tally's."""
-    predictions = written("eval_video.py", "prediction")
+    """The fields of a prediction are prediction's and graded's, those of summary.json tally's."""
+    predictions = written("eval_video.py", "prediction", "graded")
     assert named_fields("| field of a prediction |") == predictions
 
     fields = written("eval_video.py", "tally") | {"by_domain", "by_category"}
