@@ -120,7 +120,7 @@ class Config:
     ablate: Literal[*ABLATIONS] = "none"  # what a question lacks
 
     # The responses
-    max_completion_length: int = 512  # tokens of a response at most, at least 1
+    max_completion_length: int = 256  # tokens of a response at most, at least 1
     do_sample: bool = False  # sample by temperature instead of taking the most likely token
     temperature: float = 1.0  # softmax temperature if do_sample, above 0
     num_samples: int = 1  # K sampled responses: mean accuracy, pass@K, majority vote, at least 1
@@ -262,11 +262,11 @@ def table(answers, paper):
 
 
 def score(rows, first):
-    """Accuracy in % (95 % interval), what differs from it, and the paired difference to the first
-    model's rows."""
+    """Accuracy in % (95 % interval), of how many questions, what differs from it, and the paired
+    difference to the first model's rows."""
     counts = tally(rows)
     accuracy = counts["accuracy"]
-    parts = [percent(accuracy, *counts["ci95"])]
+    parts = [percent(accuracy, *counts["ci95"]), f"n = {counts['total']}"]
     for key in ("mean_accuracy", "pass_at_k", "accuracy_failed_wrong"):
         if counts.get(key, accuracy) != accuracy:
             parts.append(f"{key} {percent(counts[key], *counts[f'{key}_ci95'])}")

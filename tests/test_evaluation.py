@@ -286,7 +286,7 @@ def test_summary_of_the_tiers(tmp_path, evaluate, say):
     assert lines[0] == f"| model | {columns} | failed |"
     x = summary(tmp_path)
     low, high = x["ci95"]
-    cell = f"{100 * x['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})"
+    cell = f"{100 * x['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f}), n = 24"
     assert lines[2].startswith(f"| {tmp_path} | {cell} ")
     paper = "| paper: + GRPO | 46.01 | 50.16 | 44.89 | 48.52 | 45.08 | 43.72 | 41.34 |  |"
     assert lines[5] == paper
@@ -328,7 +328,7 @@ def test_several_samples(tmp_path, evaluate, say):
     assert x["mean_accuracy"] == pytest.approx((2 + 2 + 2 + 2 + 0 + 0) / 24)
     assert x["pass_at_k"] == pytest.approx(4 / 6)
     low, high = x["ci95"]
-    accuracy = f"50.0 ({100 * low:.0f}–{100 * high:.0f})"
+    accuracy = f"50.0 ({100 * low:.0f}–{100 * high:.0f}), n = 6"
     assert f"| {accuracy}, mean_accuracy 33.3 (10–70), pass_at_k 66.7 (30–90) | 0 |" in out
 
 
@@ -1077,13 +1077,13 @@ def test_compare(tmp_path, evaluate):
     second = str(other)
     # base: 5 of 21 = 23.8 % (.1063, .4509), of 22 22.7; other: 14 of 21 = 66.7 % (.4537, .8281), of
     # 22 63.6. 8 of 20 more: 40 points; p = 2 (1 + 12 + 66) / 4096.
-    assert cells[first, "L1"] == "23.8 (11–45), accuracy_failed_wrong 22.7 (10–43)"
-    more = "+40.0 (p = 0.039)"
-    assert cells[second, "L1"] == f"66.7 (45–83), accuracy_failed_wrong 63.6 (43–80), {more}"
-    assert cells[first, "L3 Work"] == "66.7 (30–90)"
-    assert cells[second, "L3 Work"] == "66.7 (30–90), +0.0 (p = 1)"
+    assert cells[first, "L1"] == "23.8 (11–45), n = 21, accuracy_failed_wrong 22.7 (10–43)"
+    more = "accuracy_failed_wrong 63.6 (43–80), +40.0 (p = 0.039)"
+    assert cells[second, "L1"] == f"66.7 (45–83), n = 21, {more}"
+    assert cells[first, "L3 Work"] == "66.7 (30–90), n = 6"
+    assert cells[second, "L3 Work"] == "66.7 (30–90), n = 6, +0.0 (p = 1)"
     assert cells[first, "LVB"] == ""
-    assert cells[second, "LVB 15 s"] == "100.0 (21–100)"
+    assert cells[second, "LVB 15 s"] == "100.0 (21–100), n = 1"
     assert cells[first, "failed"] == "3"
     assert cells[second, "failed"] == "3"
     assert cells["paper: + GRPO", "L3 Work"] == "41.34"
@@ -1099,7 +1099,7 @@ def test_compare_leaves_a_running_evaluation_alone(tmp_path, evaluate):
     size = path.stat().st_size - 5
     os.truncate(path, size)
     out = evaluate(tmp_path / "none", compare=folder)
-    assert "| 100.0 (21–100) | 0 |" in out
+    assert "| 100.0 (21–100), n = 1 | 0 |" in out
     assert path.stat().st_size == size
 
 

@@ -439,6 +439,18 @@ def test_evaluation_fields():
     assert 'tally(rows, "domain", "category")' in (ROOT / "eval_video.py").read_text()
 
 
+def test_the_evaluations_defaults():
+    """What is said to be the released evaluation's is the default: the length, and greedy."""
+    defaults = settings("eval_video.py")
+    [length] = re.findall(
+        r"at most (\d+) tokens \| the same: `--max_completion_length` is \1 ", TEXT
+    )
+    assert defaults["max_completion_length"] == int(length) == 256
+    assert "| greedy. `--do_sample` samples" in TEXT
+    assert not defaults["do_sample"]
+    assert defaults["num_samples"] == 1
+
+
 def test_record_fields():
     """The table of record fields names every field that parse_record reads, and no other."""
     start, end = definitions("grpo_video.py")["parse_record"]
