@@ -43,13 +43,15 @@ import subprocess
 import sys
 import types
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
+from glob import glob
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
-import decord
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -58,7 +60,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from pebble import CONSTS, ProcessExpired, ProcessPool
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -111,12 +113,14 @@ class Config:
     model: str = "Qwen/Qwen2-VL-7B-Instruct"  # Qwen2-VL checkpoint: a folder, or a hub id to fetch
     data_root: str = "data/SEED-Bench-R1"  # folder with annotations/, videos/ and images/
     splits: list[str] = field(default_factory=lambda: TIERS)  # files of DATA_ROOT/annotations
-    longvideobench: str = ""  # folder with LongVideoBench's lvb_val.json and videos/, evaluated too
+    longvideobench: str = ""  # its folder: evaluated too, or alone by `--splits LVB`
     limit: int = 0  # questions of each split at most; 0: all, at least 0
     toy: bool = False  # the toy's data, and its base model for --model, built if missing
     max_frames: int = 16  # frames of a video at most, at least 2
     fps: float = 2.0  # frames per second of video; 4 to max_frames in all, above 0
     frame_size: int = 256  # height and width of a frame, rounded to a multiple of 28, at least 1
+    video_reader: Literal["pyav", "decord"] = "pyav"  # decord, the released run's, can be wrong
+    skip_missing: bool = False  # leave out records whose video or image is missing
     ablate: Literal[*ABLATIONS] = "none"  # what a question lacks
 
     # The responses
@@ -149,7 +153,8 @@ TOY = dict(
 
 # What a response depends on beside the model and the data.
 DECIDING = (
-    "do_sample temperature seed num_samples max_completion_length ablate max_frames fps frame_size"
+    "do_sample temperature seed num_samples max_completion_length ablate max_frames fps frame_size "
+    "video_reader"
 ).split()
 
 # Accuracy in %, arXiv 2503.24376
@@ -236,7 +241,7 @@ def table(answers, paper):
     lines = {}
     first = {}
     for folder, splits in answers.items():
-        line = dict(failed=0)
+        line = dict(failed=0, missing=len(read_rows(Path(folder, "missing.jsonl"))))
         for split, rows in splits.items():
             line["failed"] += len(rows) - len(answered(rows))
             before = first.get(split, [])
@@ -438,40 +443,42 @@ def questions_hash(records, seed):
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def load_longvideobench(root):
-    """lvb_val.json -> records: 4 or 5 candidates, no image, no subtitles. A bad entry is reported
-    by its place; exit code 2."""
+def load_longvideobench(root, fail=fail):
+    """A folder's lvb_val.json, one list -> records."""
     path = root / "lvb_val.json"
-    records = {}
-    place = "none"
     try:
-        for i, raw in enumerate(json.loads(path.read_text())):
-            place = i
-            name = text_field(raw, "id")
-            texts = raw["candidates"]
-            right = raw["correct_choice"]
-            strings = texts == [*map(str, texts)] and len(texts) in (4, 5)
-            if name in records or not strings or right not in range(len(texts)):
-                raise ValueError(
-                    f"{name} is there twice, or lacks 4 or 5 candidates, one of them correct: "
-                    f"{texts}, {right!r}"
-                )
-
-            records[name] = dict(
-                sample_id=name,
-                question=text_field(raw, "question"),
-                choices=texts,
-                gold="ABCDE"[right],
-                media=[("video", inside(root, f"videos/{text_field(raw, 'video_path')}"))],
-                domain=f"{raw['duration_group']} s",
-                category=text_field(raw, "question_category"),
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = [json.dumps(entry).encode() for entry in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
         fail(
-            f"{path}: entry {place}: {error!r}; `hf download --repo-type dataset "
-            "longvideobench/LongVideoBench` fetches it"
+            f"{path}: {error!r}; `hf download --repo-type dataset longvideobench/LongVideoBench` "
+            "fetches it"
         )
-    return list(records.values())
+    return load_records(path, root, parse_longvideobench, lines, fail)
+
+
+def parse_longvideobench(raw, root):
+    """An entry of lvb_val.json -> record: 4 or 5 candidates, no image, no subtitles. ValueError
+    says what is wrong."""
+    texts = raw.get("candidates")
+    right = raw.get("correct_choice")
+    strings = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    must(
+        strings and len(texts) in (4, 5) and right in range(len(texts)),
+        "must have 4 or 5 candidates and the place of the correct_choice among them: "
+        f"{texts!r:.60}, {right!r:.60}",
+    )
+    group = raw.get("duration_group")
+    must(isinstance(group, int), f"field 'duration_group' must be an integer, is {group!r:.60}")
+
+    return dict(
+        sample_id=text_field(raw, "id"),
+        question=text_field(raw, "question"),
+        choices=texts,
+        gold="ABCDE"[int(right)],
+        media=[("video", inside(root, f"videos/{text_field(raw, 'video_path')}"))],
+        domain=f"{group} s",
+        category=text_field(raw, "question_category"),
+    )
 
 
 def save_cot(answers, root, c):
@@ -515,16 +522,25 @@ def main():
     root = Path(c.data_root)
 
     # The questions and the model.
+    tiers = [split for split in c.splits if split != "LVB"]
     there = sorted(path.stem for path in root.glob("annotations/*.jsonl"))
-    if there and {*c.splits} - {*there}:
-        fail(f"--splits {' '.join(c.splits)}: {root}/annotations has {' '.join(there)}")
-
-    splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in c.splits}
+    if there and {*tiers} - {*there}:
+        fail(f"--splits {' '.join(tiers)}: {root}/annotations has {' '.join(there)}")
+    splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in tiers}
     if c.longvideobench:
         splits["LVB"] = load_longvideobench(Path(c.longvideobench))
+    elif not splits:
+        fail("--splits LVB: --longvideobench must name its folder")
+    missing = []
+    for split, records in splits.items():
+        splits[split], lost = with_media(records, c.skip_missing)
+        missing += [dict(split=split) | row for row in lost]
     source = find_model(c.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     model = load_model(source, device, dtype)
+    for records in splits.values():
+        dataset = VideoDataset(records, tokenizer, model.config, c)
+        dataset.check_lengths(model.config.text_config.max_position_embeddings)
     folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
     settings = {key: getattr(c, key) for key in DECIDING}
     settings["model_sha256"] = weights_hash(source)
@@ -567,7 +583,11 @@ def main():
 
     # Tally and comparison.
     if RANK == 0:
-        summary = {split: tally(rows, "domain", "category") for split, rows in answers.items()}
+        write_rows(folder / "missing.jsonl", missing, "w")
+        summary = {}
+        for split, rows in answers.items():
+            left_out = sum(row["split"] == split for row in missing)
+            summary[split] = tally(rows, "domain", "category") | dict(missing=left_out)
         text = table({folder: answers}, c.paper)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         (folder / "summary.md").write_text(text + "\n")
@@ -1147,33 +1167,26 @@ INSTRUCTION = (
 )
 
 
-def load_records(path, root, parse=None, fail=fail):
+def load_records(path, root, parse=None, lines=None, fail=fail):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and
     sample_id; exit code 2."""
-    if not path.is_file():
-        fail(
-            f"{path}: no such annotation file; for --data_root, `hf download "
-            "TencentARC/SEED-Bench-R1 --repo-type dataset --local-dir DIR`; for --model, `hf "
-            "download Qwen/Qwen2-VL-7B-Instruct --local-dir DIR`; `grpo_video.py --toy` needs "
-            "neither"
-        )
     records = []
     problems = []
-    lines = {}  # sample_id -> its line
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # less a byte-order mark
-    for number, line in enumerate(text.split(b"\n"), 1):
+    seen = {}  # sample_id -> its line
+    for number, line in enumerate(lines or read_lines(path), 1):
         if not line.strip():
             continue
         name = "?"
         try:
-            raw = json.loads(line.decode())
-            name = raw.get("sample_id") if isinstance(raw, dict) else None
+            raw = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN is no value
+            name = raw.get("sample_id", raw.get("id")) if isinstance(raw, dict) else None
             whole = isinstance(name, (int, str))
             must(whole, "must be an object with a sample_id, an integer or a string")
             special = re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode())
             must(not special, "holds a special token, which only the chat template may write")
-            first = lines.setdefault(str(name), number)
-            must(first == number, f"its sample_id is line {first}'s already")
+            first = seen.setdefault(str(name), number)
+            # A question may have several chains of thought.
+            must(first == number or "prompt" in raw, f"its sample_id is line {first}'s already")
             records.append((parse or parse_record)(raw, root))
         except (ValueError, OSError, RecursionError) as error:  # bad UTF-8, bad JSON among them
             problems.append(f"{path}:{number}: sample_id {name!s:.60}: {error}")
@@ -1181,6 +1194,19 @@ def load_records(path, root, parse=None, fail=fail):
     if problems or not records:
         fail(*problems or [f"{path}: holds no records"])
     return records
+
+
+def read_lines(path):
+    """-> a file's lines, less a byte-order mark."""
+    text = path.read_bytes() if path.is_file() else b""
+    if not path.is_file() or text.startswith(b"version https://git-lfs"):
+        fail(
+            f"{path}: no such annotation file, or a Git LFS pointer in its place (`git lfs pull` "
+            "fetches it); for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type "
+            "dataset --local-dir DIR`; for --model, `hf download Qwen/Qwen2-VL-7B-Instruct "
+            "--local-dir DIR`; `grpo_video.py --toy` needs neither"
+        )
+    return text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
 
 
 def parse_record(raw, root):
@@ -1233,12 +1259,41 @@ def must(holds, message):
 
 
 def inside(root, path):
-    """A path relative to the data root -> Path; ValueError if it leaves the root or is no regular
-    file."""
-    full = (root / path).resolve()
-    must(full.is_relative_to(root.resolve()), f"{path!r} leaves the data root {root}")
-    must(full.is_file(), f"{path!r} is no file in the data root {root}")
-    return full
+    """A path relative to the data root -> Path, which may lead over links, but not upwards."""
+    parts = Path(path).parts
+    must(".." not in parts and "/" not in parts, f"{path!r} leaves the data root {root}")
+    return root / path
+
+
+def with_media(records, skip_missing):
+    """-> (records whose media are there, rows of missing.jsonl: the others, which skip_missing
+    leaves out). Without it, or if nothing is left, the program ends with exit code 2."""
+    there = []
+    missing = []
+    for record in records:
+        lost = [str(path) for _, path in record["media"] if not os.path.isfile(path)]
+        if lost:
+            missing.append(dict(sample_id=record["sample_id"], file=lost[0]))
+        else:
+            there.append(record)
+
+    folders = collections.Counter(os.path.dirname(row["file"]) for row in missing)
+    problems = [
+        f"{folder}: {count} files are missing, {nearby(folder)} is there; --skip_missing leaves "
+        "their records out"
+        for folder, count in folders.items()
+    ]
+    if missing and not (skip_missing and there):
+        fail(*problems, *(f"missing: {row}" for row in missing))
+    if missing and RANK == 0:
+        print(f"{len(missing)} records are left out: missing.jsonl names the files that they lack")
+    return there, missing
+
+
+def nearby(folder):
+    """What may hold a folder's missing files: an archive, or a folder of its own."""
+    patterns = (f"{folder}/*.tar*", f"{folder}/*.zip", f"{folder}.*", f"{folder}/*/*")
+    return next(chain(*map(glob, patterns)), "no archive of them")
 
 
 def load_batches(dataset, batches, workers):
@@ -1280,8 +1335,9 @@ class VideoDataset:
         if self.shuffle:
             place = permutation(len(self.records), self.c.seed, epoch)[place]
         record = self.records[place]
-        args = (record["media"], self.size, self.c.fps, self.c.max_frames)
-        decoding = self.pool.schedule(decode, args, timeout=self.c.decode_timeout)
+        c = self.c
+        args = (record["media"], self.size, c.fps, c.max_frames, c.video_reader)
+        decoding = self.pool.schedule(decode, args, timeout=c.decode_timeout)
         return partial(self.finish, record, epoch, decoding)
 
     def finish(self, record, epoch, decoding):
@@ -1313,19 +1369,22 @@ class VideoDataset:
         )
 
     def encode(self, record, choices, grids):
-        """-> (prompt text, ids with as many placeholders as each grid has merged patches)."""
+        """-> (prompt text, ids with as many placeholders as each grid has merged patches);
+        ValueError if the template wrote another number of them."""
         messages = record.get("messages") or build_messages(record, choices)
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
 
-        grids = iter(grids)
+        left = list(grids)
         ids = []
         for token in self.tokenizer(text, add_special_tokens=False).input_ids:
             count = 1
             if token in (self.config.image_token_id, self.config.video_token_id):
-                count = math.prod(next(grids)) // MERGE**2
+                must(left, f"its prompt has more placeholders than its {len(grids)} media")
+                count = math.prod(left.pop(0)) // MERGE**2
             ids += [token] * count
+        must(not left, f"its prompt has fewer placeholders than its {len(grids)} media")
         return text, ids
 
     def check_lengths(self, limit):
@@ -1338,12 +1397,13 @@ class VideoDataset:
             negatives = sorted(record.get("negatives", []), key=len)
             drawn = [record.get("answer"), *negatives[-3:]]  # the longest that can be
             grids = [(t[kind], side, side) for kind, _ in record["media"]]
-            _, ids = self.encode(record, record.get("choices") or drawn, grids)
             response = self.tokenizer(record.get("response", ""), add_special_tokens=False)
-            length = len(ids) + len(response.input_ids)
-            if length > limit:
-                name = f"sample_id {record['sample_id']}"
-                problems.append(f"{name}: up to {length} tokens, over the limit of {limit}")
+            try:
+                _, ids = self.encode(record, record.get("choices") or drawn, grids)
+                length = len(ids) + len(response.input_ids)
+                must(length <= limit, f"up to {length} tokens, over the limit of {limit}")
+            except ValueError as error:
+                problems.append(f"sample_id {record['sample_id']}: {error}")
 
         if problems:
             fail(*problems)
@@ -1388,36 +1448,125 @@ def start_decoding():
     torch.set_num_threads(1)  # the parent's thread pool was not forked
 
 
-def decode(media, size, fps, max_frames):
-    """A record's [(kind, path)] -> ([(patches, grid)], None), or (None, what went wrong)."""
+def decode(media, *how):
+    """A record's [(kind, path)], to be read as `how` says -> ([(patches, grid)], None), or (None,
+    what went wrong)."""
     found = []
     try:
         for kind, path in media:
-            frames = read_media(kind, path, size, fps, max_frames)
-            patches, grid = to_patches(frames)
+            patches, grid = to_patches(read_media(kind, path, *how))
             found.append((patches.numpy(), grid))
     except Exception as error:  # whatever a decoder raises is this sample's failure
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
     return found, None
 
 
-def read_media(kind, path, size, fps, max_frames):
-    """-> uint8 frames [T, size, size, 3]; an image is its frame twice. Raises what decord and
-    Pillow raise."""
+def read_media(kind, path, size, fps, max_frames, video_reader="pyav"):
+    """-> uint8 frames [T, size, size, 3]; an image is its frame twice. Raises ValueError, and what
+    PyAV, decord and Pillow raise."""
     if kind == "image":
-        image = Image.open(path).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = read_image(path).resize((size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).expand(2, -1, -1, -1)
 
-    reader = decord.VideoReader(str(path), num_threads=1)
-    indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
-    frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+    if video_reader == "decord":  # the released run's; it has no build for aarch64
+        import decord
+
+        reader = decord.VideoReader(str(path), num_threads=1)
+        indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
+        frames = reader.get_batch(indices).asnumpy()
+    else:
+        frames = read_video(path, fps, max_frames)
+
+    frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
     resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
     # One by one: less memory.
     resized = [resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)]
     return torch.cat(resized).permute(0, 2, 3, 1)
+
+
+def read_image(path):
+    """-> an RGB image, turned as its EXIF says, on white where it is transparent."""
+    Image.open(path).verify()  # by its checksums: what is damaged would be black
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "I;16":  # convert() would clip its grey at 255
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def read_video(path, fps, max_frames):
+    """-> the sampled frames, uint8 [T, height, width, 3], each by its place in the order of display
+    and turned as the file says (trap 22)."""
+    times, keys, rate, length = timeline(path)
+    indices = frame_indices(len(times), rate, fps, max_frames)
+    frames = [None]
+    if len(times) > 1000 and keys > max_frames:  # between two wanted frames lies a key frame
+        frames = [seek_frame(path, times, index) for index in indices]
+    if None in frames:
+        shown = count_frames(path, indices)
+        must(shown, "no frame of it decodes")
+        if len(shown) != len(times):  # as many as the packets promised
+            indices = frame_indices(len(shown), rate, fps, max_frames)
+            shown = count_frames(path, indices)
+        frames = [shown[index] for index in indices]
+
+    seconds = (frames[-1].time or 0) - (frames[0].time or 0) + 1 / rate
+    must(1.1 * seconds >= length, f"cut off: {seconds:.1f} of about {length:.1f} s decode")
+    turned = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in frames]
+    must(len({frame.shape for frame in turned}) == 1, "its frames change their size")
+    return np.stack(turned)
+
+
+def timeline(path):
+    """What a video's packets promise: its frames' times in the order of display, how many of them
+    are key frames, frames a second; and the seconds that the file promises."""
+    times = []
+    keys = 0
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        must(stream, "holds no video")
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:  # an edit list discards what is not shown
+                times.append(packet.pts or 0)
+                keys += packet.is_keyframe
+
+        length = (container.duration or 0) / av.time_base
+        if stream.duration:
+            length = float(stream.duration * stream.time_base)
+        rate = stream.average_rate or stream.guessed_rate
+    must(times and rate, "holds no frames, or not how many a second")
+    return sorted(times), keys, float(rate), length
+
+
+def seek_frame(path, times, index):
+    """-> a frame, decoded from the key frame before it; None if the times on the way there are not
+    the promised ones."""
+    way = []
+    frame = None
+    # In an open group of pictures up to 16 frames are shown before the key frame that they follow.
+    for frame in decoded(path, times[max(0, index - 16)]):
+        way.append(frame.pts)
+        if frame.pts is None or frame.pts >= times[index]:
+            break
+    return frame if way == times[index + 1 - len(way) : index + 1] else None
+
+
+def count_frames(path, indices):
+    """-> all frames that are shown, in their order; those at no place of `indices` as None."""
+    return [frame if place in indices else None for place, frame in enumerate(decoded(path))]
+
+
+def decoded(path, start=None):
+    """Yields a video's frames in the order of display, from the key frame before the time `start`,
+    up to where the file is damaged."""
+    with av.open(str(path)) as container, suppress(av.InvalidDataError):
+        stream = container.streams.best("video")
+        stream.codec_context.thread_count = 1
+        if start is not None:
+            container.seek(start, stream=stream)
+        yield from container.decode(stream)
 
 
 def frame_indices(total, video_fps, fps, max_frames):
@@ -1514,10 +1663,12 @@ def find_model(name):
     ask at once) -> the folder."""
     try:
         if not Path(name).is_dir():
+            family = AutoConfig.from_pretrained(name).model_type  # asked before 16 GB are fetched
+            must(family == "qwen2_vl", f"model_type {family!r} in config.json, must be 'qwen2_vl'")
             name = snapshot_download(name, ignore_patterns=["*.bin"])
     except (OSError, ValueError) as error:
         fail(
-            f"--model {name}: no such folder, and the hub gave nothing "
+            f"--model {name}: no such folder, and nothing from the hub "
             f"({str(error).splitlines()[0]}); `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir "
             "DIR` fetches the paper's model; `grpo_video.py --toy` needs no download"
         )
@@ -1526,6 +1677,15 @@ def find_model(name):
         if not Path(name, file).is_file():
             fail(f"--model {name}: holds no {file}, as a Qwen2-VL checkpoint does")
     return Path(name)
+
+
+def load_tokenizer(folder):
+    """A model folder's tokenizer; its chat template may stand in a file of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = folder / "chat_template.json"
+    if not tokenizer.chat_template and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+    return tokenizer
 
 
 # === end shared: start_up ===

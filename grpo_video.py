@@ -45,14 +45,16 @@ import sys
 import time
 import types
 import unicodedata
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
-from importlib.metadata import version
+from glob import glob
+from importlib.metadata import distributions
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
-import decord
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -61,7 +63,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from pebble import CONSTS, ProcessExpired, ProcessPool
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import (
@@ -124,6 +126,8 @@ class Config:
     max_frames: int = 16  # frames of a video at most, at least 2
     fps: float = 2.0  # frames per second of video; 4 to max_frames in all, above 0
     frame_size: int = 256  # height and width of a frame, rounded to a multiple of 28, at least 1
+    video_reader: Literal["pyav", "decord"] = "pyav"  # decord, the released run's, can be wrong
+    skip_missing: bool = False  # leave out records whose video or image is missing
     max_prompt_length: int = 16384  # tokens; a longer one is an error, never cut, at least 1
 
     # Rollout and reward
@@ -468,8 +472,9 @@ def main():
     root = Path(c.data_root)
     output_dir = Path(c.output_dir)
     records = load_records(Path(c.annotations or root / "annotations/training_6k.jsonl"), root)
+    records, missing = with_media(records, c.skip_missing)
     source = find_model(c.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model = load_trainable(c, source, device, dtype)
     if c.beta > 0:
@@ -483,7 +488,7 @@ def main():
     per_step = B * c.gradient_accumulation_steps * WORLD
     total = c.max_steps * per_step if c.max_steps > 0 else len(records) * c.num_train_epochs
     steps = math.ceil(total / per_step)
-    checkpoint, start = open_run(c, model.config, dtype)
+    checkpoint, start = open_run(c, model.config, dtype, missing)
     optimizer = make_optimizer(c, model, checkpoint)
     batches = rank_batches(total, range(start, steps), B, c.gradient_accumulation_steps)
     loader = load_batches(dataset, batches, c.dataloader_num_workers)
@@ -1119,33 +1124,26 @@ INSTRUCTION = (
 )
 
 
-def load_records(path, root, parse=None, fail=fail):
+def load_records(path, root, parse=None, lines=None, fail=fail):
     """Annotations, one JSON object a line -> records. All bad ones are reported, by file:line and
     sample_id; exit code 2."""
-    if not path.is_file():
-        fail(
-            f"{path}: no such annotation file; for --data_root, `hf download "
-            "TencentARC/SEED-Bench-R1 --repo-type dataset --local-dir DIR`; for --model, `hf "
-            "download Qwen/Qwen2-VL-7B-Instruct --local-dir DIR`; `grpo_video.py --toy` needs "
-            "neither"
-        )
     records = []
     problems = []
-    lines = {}  # sample_id -> its line
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # less a byte-order mark
-    for number, line in enumerate(text.split(b"\n"), 1):
+    seen = {}  # sample_id -> its line
+    for number, line in enumerate(lines or read_lines(path), 1):
         if not line.strip():
             continue
         name = "?"
         try:
-            raw = json.loads(line.decode())
-            name = raw.get("sample_id") if isinstance(raw, dict) else None
+            raw = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN is no value
+            name = raw.get("sample_id", raw.get("id")) if isinstance(raw, dict) else None
             whole = isinstance(name, (int, str))
             must(whole, "must be an object with a sample_id, an integer or a string")
             special = re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode())
             must(not special, "holds a special token, which only the chat template may write")
-            first = lines.setdefault(str(name), number)
-            must(first == number, f"its sample_id is line {first}'s already")
+            first = seen.setdefault(str(name), number)
+            # A question may have several chains of thought.
+            must(first == number or "prompt" in raw, f"its sample_id is line {first}'s already")
             records.append((parse or parse_record)(raw, root))
         except (ValueError, OSError, RecursionError) as error:  # bad UTF-8, bad JSON among them
             problems.append(f"{path}:{number}: sample_id {name!s:.60}: {error}")
@@ -1153,6 +1151,19 @@ def load_records(path, root, parse=None, fail=fail):
     if problems or not records:
         fail(*problems or [f"{path}: holds no records"])
     return records
+
+
+def read_lines(path):
+    """-> a file's lines, less a byte-order mark."""
+    text = path.read_bytes() if path.is_file() else b""
+    if not path.is_file() or text.startswith(b"version https://git-lfs"):
+        fail(
+            f"{path}: no such annotation file, or a Git LFS pointer in its place (`git lfs pull` "
+            "fetches it); for --data_root, `hf download TencentARC/SEED-Bench-R1 --repo-type "
+            "dataset --local-dir DIR`; for --model, `hf download Qwen/Qwen2-VL-7B-Instruct "
+            "--local-dir DIR`; `grpo_video.py --toy` needs neither"
+        )
+    return text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
 
 
 def parse_record(raw, root):
@@ -1205,12 +1216,41 @@ def must(holds, message):
 
 
 def inside(root, path):
-    """A path relative to the data root -> Path; ValueError if it leaves the root or is no regular
-    file."""
-    full = (root / path).resolve()
-    must(full.is_relative_to(root.resolve()), f"{path!r} leaves the data root {root}")
-    must(full.is_file(), f"{path!r} is no file in the data root {root}")
-    return full
+    """A path relative to the data root -> Path, which may lead over links, but not upwards."""
+    parts = Path(path).parts
+    must(".." not in parts and "/" not in parts, f"{path!r} leaves the data root {root}")
+    return root / path
+
+
+def with_media(records, skip_missing):
+    """-> (records whose media are there, rows of missing.jsonl: the others, which skip_missing
+    leaves out). Without it, or if nothing is left, the program ends with exit code 2."""
+    there = []
+    missing = []
+    for record in records:
+        lost = [str(path) for _, path in record["media"] if not os.path.isfile(path)]
+        if lost:
+            missing.append(dict(sample_id=record["sample_id"], file=lost[0]))
+        else:
+            there.append(record)
+
+    folders = collections.Counter(os.path.dirname(row["file"]) for row in missing)
+    problems = [
+        f"{folder}: {count} files are missing, {nearby(folder)} is there; --skip_missing leaves "
+        "their records out"
+        for folder, count in folders.items()
+    ]
+    if missing and not (skip_missing and there):
+        fail(*problems, *(f"missing: {row}" for row in missing))
+    if missing and RANK == 0:
+        print(f"{len(missing)} records are left out: missing.jsonl names the files that they lack")
+    return there, missing
+
+
+def nearby(folder):
+    """What may hold a folder's missing files: an archive, or a folder of its own."""
+    patterns = (f"{folder}/*.tar*", f"{folder}/*.zip", f"{folder}.*", f"{folder}/*/*")
+    return next(chain(*map(glob, patterns)), "no archive of them")
 
 
 def load_batches(dataset, batches, workers):
@@ -1252,8 +1292,9 @@ class VideoDataset:
         if self.shuffle:
             place = permutation(len(self.records), self.c.seed, epoch)[place]
         record = self.records[place]
-        args = (record["media"], self.size, self.c.fps, self.c.max_frames)
-        decoding = self.pool.schedule(decode, args, timeout=self.c.decode_timeout)
+        c = self.c
+        args = (record["media"], self.size, c.fps, c.max_frames, c.video_reader)
+        decoding = self.pool.schedule(decode, args, timeout=c.decode_timeout)
         return partial(self.finish, record, epoch, decoding)
 
     def finish(self, record, epoch, decoding):
@@ -1285,19 +1326,22 @@ class VideoDataset:
         )
 
     def encode(self, record, choices, grids):
-        """-> (prompt text, ids with as many placeholders as each grid has merged patches)."""
+        """-> (prompt text, ids with as many placeholders as each grid has merged patches);
+        ValueError if the template wrote another number of them."""
         messages = record.get("messages") or build_messages(record, choices)
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
 
-        grids = iter(grids)
+        left = list(grids)
         ids = []
         for token in self.tokenizer(text, add_special_tokens=False).input_ids:
             count = 1
             if token in (self.config.image_token_id, self.config.video_token_id):
-                count = math.prod(next(grids)) // MERGE**2
+                must(left, f"its prompt has more placeholders than its {len(grids)} media")
+                count = math.prod(left.pop(0)) // MERGE**2
             ids += [token] * count
+        must(not left, f"its prompt has fewer placeholders than its {len(grids)} media")
         return text, ids
 
     def check_lengths(self, limit):
@@ -1310,12 +1354,13 @@ class VideoDataset:
             negatives = sorted(record.get("negatives", []), key=len)
             drawn = [record.get("answer"), *negatives[-3:]]  # the longest that can be
             grids = [(t[kind], side, side) for kind, _ in record["media"]]
-            _, ids = self.encode(record, record.get("choices") or drawn, grids)
             response = self.tokenizer(record.get("response", ""), add_special_tokens=False)
-            length = len(ids) + len(response.input_ids)
-            if length > limit:
-                name = f"sample_id {record['sample_id']}"
-                problems.append(f"{name}: up to {length} tokens, over the limit of {limit}")
+            try:
+                _, ids = self.encode(record, record.get("choices") or drawn, grids)
+                length = len(ids) + len(response.input_ids)
+                must(length <= limit, f"up to {length} tokens, over the limit of {limit}")
+            except ValueError as error:
+                problems.append(f"sample_id {record['sample_id']}: {error}")
 
         if problems:
             fail(*problems)
@@ -1360,36 +1405,125 @@ def start_decoding():
     torch.set_num_threads(1)  # the parent's thread pool was not forked
 
 
-def decode(media, size, fps, max_frames):
-    """A record's [(kind, path)] -> ([(patches, grid)], None), or (None, what went wrong)."""
+def decode(media, *how):
+    """A record's [(kind, path)], to be read as `how` says -> ([(patches, grid)], None), or (None,
+    what went wrong)."""
     found = []
     try:
         for kind, path in media:
-            frames = read_media(kind, path, size, fps, max_frames)
-            patches, grid = to_patches(frames)
+            patches, grid = to_patches(read_media(kind, path, *how))
             found.append((patches.numpy(), grid))
     except Exception as error:  # whatever a decoder raises is this sample's failure
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
     return found, None
 
 
-def read_media(kind, path, size, fps, max_frames):
-    """-> uint8 frames [T, size, size, 3]; an image is its frame twice. Raises what decord and
-    Pillow raise."""
+def read_media(kind, path, size, fps, max_frames, video_reader="pyav"):
+    """-> uint8 frames [T, size, size, 3]; an image is its frame twice. Raises ValueError, and what
+    PyAV, decord and Pillow raise."""
     if kind == "image":
-        image = Image.open(path).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = read_image(path).resize((size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).expand(2, -1, -1, -1)
 
-    reader = decord.VideoReader(str(path), num_threads=1)
-    indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
-    frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+    if video_reader == "decord":  # the released run's; it has no build for aarch64
+        import decord
+
+        reader = decord.VideoReader(str(path), num_threads=1)
+        indices = frame_indices(len(reader), reader.get_avg_fps(), fps, max_frames)
+        frames = reader.get_batch(indices).asnumpy()
+    else:
+        frames = read_video(path, fps, max_frames)
+
+    frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
     resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
     # One by one: less memory.
     resized = [resize(frame.float()).round().clamp(0, 255).byte() for frame in frames.split(1)]
     return torch.cat(resized).permute(0, 2, 3, 1)
+
+
+def read_image(path):
+    """-> an RGB image, turned as its EXIF says, on white where it is transparent."""
+    Image.open(path).verify()  # by its checksums: what is damaged would be black
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "I;16":  # convert() would clip its grey at 255
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def read_video(path, fps, max_frames):
+    """-> the sampled frames, uint8 [T, height, width, 3], each by its place in the order of display
+    and turned as the file says (trap 22)."""
+    times, keys, rate, length = timeline(path)
+    indices = frame_indices(len(times), rate, fps, max_frames)
+    frames = [None]
+    if len(times) > 1000 and keys > max_frames:  # between two wanted frames lies a key frame
+        frames = [seek_frame(path, times, index) for index in indices]
+    if None in frames:
+        shown = count_frames(path, indices)
+        must(shown, "no frame of it decodes")
+        if len(shown) != len(times):  # as many as the packets promised
+            indices = frame_indices(len(shown), rate, fps, max_frames)
+            shown = count_frames(path, indices)
+        frames = [shown[index] for index in indices]
+
+    seconds = (frames[-1].time or 0) - (frames[0].time or 0) + 1 / rate
+    must(1.1 * seconds >= length, f"cut off: {seconds:.1f} of about {length:.1f} s decode")
+    turned = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in frames]
+    must(len({frame.shape for frame in turned}) == 1, "its frames change their size")
+    return np.stack(turned)
+
+
+def timeline(path):
+    """What a video's packets promise: its frames' times in the order of display, how many of them
+    are key frames, frames a second; and the seconds that the file promises."""
+    times = []
+    keys = 0
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        must(stream, "holds no video")
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:  # an edit list discards what is not shown
+                times.append(packet.pts or 0)
+                keys += packet.is_keyframe
+
+        length = (container.duration or 0) / av.time_base
+        if stream.duration:
+            length = float(stream.duration * stream.time_base)
+        rate = stream.average_rate or stream.guessed_rate
+    must(times and rate, "holds no frames, or not how many a second")
+    return sorted(times), keys, float(rate), length
+
+
+def seek_frame(path, times, index):
+    """-> a frame, decoded from the key frame before it; None if the times on the way there are not
+    the promised ones."""
+    way = []
+    frame = None
+    # In an open group of pictures up to 16 frames are shown before the key frame that they follow.
+    for frame in decoded(path, times[max(0, index - 16)]):
+        way.append(frame.pts)
+        if frame.pts is None or frame.pts >= times[index]:
+            break
+    return frame if way == times[index + 1 - len(way) : index + 1] else None
+
+
+def count_frames(path, indices):
+    """-> all frames that are shown, in their order; those at no place of `indices` as None."""
+    return [frame if place in indices else None for place, frame in enumerate(decoded(path))]
+
+
+def decoded(path, start=None):
+    """Yields a video's frames in the order of display, from the key frame before the time `start`,
+    up to where the file is damaged."""
+    with av.open(str(path)) as container, suppress(av.InvalidDataError):
+        stream = container.streams.best("video")
+        stream.codec_context.thread_count = 1
+        if start is not None:
+            container.seek(start, stream=stream)
+        yield from container.decode(stream)
 
 
 def frame_indices(total, video_fps, fps, max_frames):
@@ -1602,7 +1736,7 @@ def leave(step, caught):
     sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
 
-def open_run(c, config, dtype):
+def open_run(c, config, dtype, missing):
     """Makes output_dir and its config.json: the model's, and an entry "run" with all settings,
     versions and the script's sha256 -> the checkpoint to go on from, or None; its step, or 0.
 
@@ -1611,9 +1745,12 @@ def open_run(c, config, dtype):
     checkpoint = checkpoint_to_resume(c, output_dir)
     start = step_of(checkpoint) if checkpoint else 0
 
-    packages = "torch transformers decord numpy pillow".split()
+    left_out = json.dumps([row["sample_id"] for row in missing])
+    packages = "torch transformers av decord numpy pillow".split()
     config.run = asdict(c) | dict(
-        versions={name: version(name) for name in packages},
+        missing=len(missing),
+        missing_sha256=hashlib.sha256(left_out.encode()).hexdigest(),
+        versions={d.name: d.version for d in distributions() if d.name in packages},
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         world_size=WORLD,
     )
@@ -1623,6 +1760,8 @@ def open_run(c, config, dtype):
     if RANK == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         cut_back(output_dir, start)
+        (output_dir / "missing.jsonl").unlink(missing_ok=True)
+        append_rows(output_dir / "missing.jsonl", missing)
         config.save_pretrained(output_dir)
     barrier()
     return checkpoint, start
@@ -1813,10 +1952,12 @@ def find_model(name):
     ask at once) -> the folder."""
     try:
         if not Path(name).is_dir():
+            family = AutoConfig.from_pretrained(name).model_type  # asked before 16 GB are fetched
+            must(family == "qwen2_vl", f"model_type {family!r} in config.json, must be 'qwen2_vl'")
             name = snapshot_download(name, ignore_patterns=["*.bin"])
     except (OSError, ValueError) as error:
         fail(
-            f"--model {name}: no such folder, and the hub gave nothing "
+            f"--model {name}: no such folder, and nothing from the hub "
             f"({str(error).splitlines()[0]}); `hf download Qwen/Qwen2-VL-7B-Instruct --local-dir "
             "DIR` fetches the paper's model; `grpo_video.py --toy` needs no download"
         )
@@ -1825,6 +1966,15 @@ def find_model(name):
         if not Path(name, file).is_file():
             fail(f"--model {name}: holds no {file}, as a Qwen2-VL checkpoint does")
     return Path(name)
+
+
+def load_tokenizer(folder):
+    """A model folder's tokenizer; its chat template may stand in a file of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = folder / "chat_template.json"
+    if not tokenizer.chat_template and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+    return tokenizer
 
 
 # === end shared: start_up ===

@@ -7,13 +7,17 @@ They are decoded, resized and cut into patches.
                                           # your own; is a step of 9 s kept waiting?
     python benchmarks/input_pipeline.py --train 12
                                           # and 12 steps of grpo_video.py on it: time_data in them
+    python benchmarks/input_pipeline.py --readers
+                                          # PyAV beside decord: 480p, 1080p, 10 minutes
 
-The clip needs PyAV (`pip install av`), which the scripts do not. The tokenizer and the
-configuration are the toy's.
+The tokenizer and the configuration are the toy's.
 
 Tables: where a sample's time goes; samples a second through VideoDataset and load_batches, by
 number of workers; other ways to decode and to resize the same frames, and how far their pixels are
 off. Times are medians; torch has one thread, as in the workers.
+
+--readers reads clips of 30 s at 480p and 1080p, and one of 10 minutes at 1080p, by each reader in a
+process of its own, in turn: CPU seconds, and the growth of the peak memory.
 
 --train runs grpo_video.py with its defaults on a random model of 26M parameters, whose steps are
 short as the paper's are not: what it keeps from waiting, a larger one does too.
@@ -30,6 +34,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import decord
 import numpy as np
 import torch
@@ -51,11 +56,6 @@ def make_clip(path, seconds=30, fps=30, height=1080, width=1920):
 
     A key frame comes every 250 frames, which is x264's default.
     """
-    try:
-        import av
-    except ImportError:
-        fail("making the clip needs PyAV: `pip install av`, or give --video FILE")
-
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (68, 120, 3), dtype=np.uint8))
     plane = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC)) // 2 + 60
@@ -73,6 +73,66 @@ def make_clip(path, seconds=30, fps=30, height=1080, width=1920):
         file.mux(stream.encode())
 
 
+def repeat_clip(source, path, times):
+    """The clip so many times in a row, without coding it again."""
+    with av.open(str(source)) as clip:
+        stream = clip.streams.best("video")
+        packets = [packet for packet in clip.demux(stream) if packet.size]
+        length = stream.duration
+        with av.open(str(path), "w") as file:
+            copy = file.add_stream_from_template(stream)
+            for n in range(times):
+                for packet in packets:
+                    again = av.Packet(bytes(packet))
+                    again.pts = packet.pts + n * length
+                    again.dts = packet.dts + n * length
+                    again.time_base = packet.time_base
+                    again.is_keyframe = packet.is_keyframe
+                    again.stream = copy
+                    file.mux(again)
+
+
+READ_ONCE = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import grpo_video as g
+import torch
+torch.set_num_threads(1)
+g.read_media("video", sys.argv[2], 252, 2.0, 16, sys.argv[4])  # a small clip, to warm up
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.process_time()
+g.read_media("video", sys.argv[3], 252, 2.0, 16, sys.argv[4])
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+print(time.process_time() - start, grown / 1024)
+"""
+
+
+def compare_readers(folder, repetitions):
+    """Prints the CPU seconds and the memory of PyAV and of decord, clip by clip."""
+    small = folder / "small.mp4"
+    make_clip(small, seconds=1, height=64, width=64)
+    clips = {}
+    for height, width in ((480, 854), (1080, 1920)):
+        name = f"{height}p, 30 s"
+        clips[name] = folder / f"{height}.mp4"
+        make_clip(clips[name], height=height, width=width)
+    clips["1080p, 10 min"] = folder / "long.mp4"
+    repeat_clip(clips["1080p, 30 s"], clips["1080p, 10 min"], 20)
+
+    print(
+        "\n| clip | PyAV, CPU s | decord, CPU s | PyAV, MiB | decord, MiB |\n|---|---|---|---|---|"
+    )
+    for name, clip in clips.items():
+        found = dict(pyav=[], decord=[])
+        for _ in range(repetitions):
+            for reader, results in found.items():
+                command = [sys.executable, "-c", READ_ONCE, ROOT, small, clip, reader]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                results.append([float(word) for word in done.stdout.split()])
+        (ours, our_mib), (theirs, their_mib) = np.median(list(found.values()), axis=1)
+        print(f"| {name} | {ours:.2f} | {theirs:.2f} | {our_mib:.0f} | {their_mib:.0f} |")
+
+
 def clock(run, repetitions):
     """-> (median seconds, what run() returned)."""
     seconds = []
@@ -88,40 +148,20 @@ def clock_all(ways, repetitions):
     return {name: clock(way, repetitions) for name, way in ways.items()}
 
 
-def ways_to_decode(path, indices, size):
+def ways_to_decode(path, indices, c, size):
     """{name: function -> uint8 frames [T, height, width, 3]}; the first is read_media's."""
 
     def reader(num_threads=1, **more):
         return decord.VideoReader(str(path), num_threads=num_threads, **more)
 
-    def one_by_one(seek):
-        video = reader()
-        frames = []
-        for i in indices.tolist():
-            getattr(video, seek)(i)
-            frames.append(video.next().asnumpy())
-        return np.stack(frames)
-
-    def scan():
-        video = reader()
-        frames = {}
-        for i in range(len(video)):
-            frame = video.next()
-            if i in indices:
-                frames[i] = frame.asnumpy()
-        return np.stack([frames[i] for i in indices.tolist()])
-
     return {
-        "get_batch (read_media)": lambda: reader().get_batch(indices).asnumpy(),
-        "get_batch, num_threads=2": lambda: reader(2).get_batch(indices).asnumpy(),
-        "get_batch, num_threads=0, decord's choice": lambda: reader(0).get_batch(indices).asnumpy(),
-        "get_batch, decord resizes": lambda: (
-            reader(width=size, height=size).get_batch(indices).asnumpy()
-        ),
-        "seek_accurate, next": lambda: one_by_one("seek_accurate"),
-        "seek to a key frame, next": lambda: one_by_one("seek"),
-        "next, through all frames": scan,
-        "opening alone": lambda: len(reader()),
+        "read_video (read_media)": lambda: g.read_video(path, c.fps, c.max_frames),
+        "its packets alone": lambda: len(g.timeline(path)[0]),
+        "decord, get_batch": lambda: reader().get_batch(indices).asnumpy(),
+        "decord, num_threads=2": lambda: reader(2).get_batch(indices).asnumpy(),
+        "decord, num_threads=0, its choice": lambda: reader(0).get_batch(indices).asnumpy(),
+        "decord resizes": lambda: reader(width=size, height=size).get_batch(indices).asnumpy(),
+        "decord, opening alone": lambda: len(reader()),
     }
 
 
@@ -222,14 +262,14 @@ def make_records(video, image, count):
 
 def open_clip(video, image, c):
     """Describes the clip, and writes its last frame as the image -> indices of the frames read."""
-    reader = decord.VideoReader(str(video), num_threads=1)
-    fps = reader.get_avg_fps()
-    indices = g.frame_indices(len(reader), fps, c.fps, c.max_frames)
-    Image.fromarray(reader[len(reader) - 1].asnumpy()).save(image)
-    height, width, _ = reader[0].shape
+    times, keys, rate, _ = g.timeline(video)
+    indices = g.frame_indices(len(times), rate, c.fps, c.max_frames)
+    frames = g.read_video(video, c.fps, c.max_frames)
+    Image.fromarray(frames[-1]).save(image)
+    height, width = frames.shape[1:3]
     print(
-        f"{len(reader)} frames of {width}x{height}, {fps:.0f} a second, "
-        f"{len(reader.get_key_indices())} key frames; {len(indices)} frames are read"
+        f"{len(times)} frames of {width}x{height}, {rate:.0f} a second, {keys} key frames; "
+        f"{len(indices)} frames are read"
     )
     return indices
 
@@ -301,7 +341,8 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--video", type=Path, help="anything decord reads; default: a clip made for this run")
+    add("--video", type=Path, help="a video; default: a clip made for this run")
+    add("--readers", action="store_true", help="compare PyAV and decord, and nothing else")
     add("--samples", type=int, default=4, help="timed for each number of workers")
     add("--repetitions", type=int, default=3, help="of the other times")
     add(
@@ -339,6 +380,8 @@ def main():
         folder = Path(folder)
         video = args.video or folder / "clip.mp4"
         image = folder / "now.png"
+        if args.readers:
+            return compare_readers(folder, args.repetitions)
         if not args.video:
             make_clip(video)
         indices = open_clip(video, image, c)
@@ -349,7 +392,7 @@ def main():
             return g.VideoDataset(records, tokenizer, config, settings)
 
         data = make_dataset(1)
-        decoded = clock_all(ways_to_decode(video, indices, data.size), args.repetitions)
+        decoded = clock_all(ways_to_decode(video, indices, c, data.size), args.repetitions)
         decode, frames = next(iter(decoded.values()))
         resized = clock_all(ways_to_resize(frames, data.size), args.repetitions)
         resize, small = next(iter(resized.values()))

@@ -50,6 +50,7 @@ def settings():
         max_frames=8,
         fps=2.0,
         frame_size=56,
+        video_reader="pyav",
         decode_timeout=60.0,
         dataloader_num_workers=0,
     )

@@ -283,12 +283,12 @@ def test_summary_of_the_tiers(tmp_path, evaluate, say):
 
     lines = out.splitlines()
     columns = "L1 | L2 | L3 | L3 Daily life | L3 Hobbies | L3 Recreation | L3 Work"
-    assert lines[0] == f"| model | {columns} | failed |"
+    assert lines[0] == f"| model | {columns} | failed | missing |"
     x = summary(tmp_path)
     low, high = x["ci95"]
     cell = f"{100 * x['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f}), n = 24"
     assert lines[2].startswith(f"| {tmp_path} | {cell} ")
-    paper = "| paper: + GRPO | 46.01 | 50.16 | 44.89 | 48.52 | 45.08 | 43.72 | 41.34 |  |"
+    paper = "| paper: + GRPO | 46.01 | 50.16 | 44.89 | 48.52 | 45.08 | 43.72 | 41.34 |  |  |"
     assert lines[5] == paper
     assert (tmp_path / "summary.md").read_text().splitlines() == lines[:6]
 
@@ -354,7 +354,23 @@ def test_longvideobench(tmp_path, toy, evaluate, say):
     assert set(categories) == {raw["question_category"] for raw in raws}
     assert sum(counts["total"] for counts in categories.values()) == 8 == x["total"]
     columns = "L1 | LVB | LVB 15 s | LVB 60 s | LVB 600 s | LVB 3600 s"
-    assert out.splitlines()[0] == f"| model | {columns} | failed |"
+    assert out.splitlines()[0] == f"| model | {columns} | failed | missing |"
+
+    # Alone, without any annotations; one video of it is missing.
+    root = tmp_path / "lvb"
+    shutil.copytree(toy / "data/videos", root / "videos")
+    shutil.copy(toy / "data/lvb_val.json", root)
+    (root / "videos" / raws[1]["video_path"]).unlink()
+    alone = dict(splits="LVB", longvideobench=root, data_root="none", limit=3)
+    out = evaluate(tmp_path / "alone", skip_missing=True, **alone)
+    asked = [raw["id"] for raw in (raws[0], *raws[2:4])]
+    assert [row["sample_id"] for row in read(tmp_path / "alone", "LVB")] == asked
+    assert set(json.loads((tmp_path / "alone/summary.json").read_text())) == {"LVB"}
+    assert summary(tmp_path / "alone", "LVB")["missing"] == 1
+    file = str(root / "videos" / raws[1]["video_path"])
+    lost = [dict(split="LVB", sample_id=raws[1]["id"], file=file)]
+    assert read_rows(tmp_path / "alone/missing.jsonl") == lost
+    assert out.splitlines()[-2].endswith(" | 0 | 1 |")
 
 
 GOOD = dict(
@@ -379,12 +395,13 @@ GOOD = dict(
         (GOOD | dict(candidates=list("uvwxyz")), "'u'"),
         (GOOD | dict(candidates="wxyz"), "wxyz"),
         (GOOD | dict(candidates=[1, 2, 3, 4]), "[1, 2, 3, 4]"),
-        (GOOD | dict(candidates=None), "NoneType"),
+        (GOOD | dict(candidates=None), "None"),
+        (GOOD | dict(candidates=["w", "x", "y", "<|image_pad|>"]), "special token"),
         (GOOD | dict(question=""), "question"),
         (GOOD | dict(question_category=None), "question_category"),
-        (GOOD | dict(video_path="none.avi"), "none.avi"),
         (GOOD | dict(video_path=""), "video_path"),
         (GOOD | dict(video_path="../../outside.avi"), "leaves"),
+        (GOOD | dict(question="What is <|image_pad|>?"), "special token"),
         (GOOD | dict(id="v_1"), "v_1"),
         (GOOD | dict(id=7), "'id'"),
         ({key: value for key, value in GOOD.items() if key != "duration_group"}, "duration_group"),
@@ -393,23 +410,24 @@ GOOD = dict(
     ],
 )
 def test_bad_longvideobench_entry(tmp_path, toy, capsys, entry, words):
-    """A bad entry of lvb_val.json: exit code 2, naming the entry and what is wrong with it."""
+    """A bad entry of lvb_val.json: exit code 2, naming it and what is wrong; so are all others."""
     root = tmp_path / "root"
     (root / "videos").mkdir(parents=True)
     shutil.copy(toy / "data/videos/lvb_00.avi", root / "videos")
     shutil.copy(toy / "data/videos/lvb_00.avi", tmp_path / "outside.avi")
     five = GOOD | dict(id="v_1", candidates=list("vwxyz"), correct_choice=4)
-    (root / "lvb_val.json").write_text(json.dumps([five, entry]))
+    (root / "lvb_val.json").write_text(json.dumps([five, entry, GOOD | dict(question=5, id="v_2")]))
     with pytest.raises(SystemExit) as end:
         e.load_longvideobench(root)
 
     err = capsys.readouterr().err
     assert end.value.code == 2
-    assert f"{root}/lvb_val.json: entry 1: " in err
-    assert words in err
-    assert err.count("\n") == 1
+    first, second = err.splitlines()
+    assert f"{root}/lvb_val.json:2: " in first
+    assert words in first
+    assert f"{root}/lvb_val.json:3: sample_id v_2: field 'question'" in second
 
-    (root / "lvb_val.json").write_text(json.dumps([five, GOOD]))
+    (root / "lvb_val.json").write_text(json.dumps([five, GOOD | dict(correct_choice=3.0)]))
     keys = ("sample_id", "gold", "domain", "category")
     first, second = e.load_longvideobench(root)
     assert [first[key] for key in keys] == ["v_1", "E", "15 s", "S2A"]
@@ -798,7 +816,7 @@ def test_failed_samples(tmp_path, toy, evaluate, say, monkeypatch):
     assert (x["correct"], x["total"], x["failed"], x["no_answer"]) == (right, 3, 3, 0)
     assert (x["accuracy"], x["accuracy_failed_wrong"]) == (right / 3, right / 6)
     line = out.splitlines()[2]
-    assert line.endswith(" | 3 |")
+    assert line.endswith(" | 3 | 0 |")
     assert (f", accuracy_failed_wrong {100 * right / 6:.1f} (" in line) == (right > 0)
 
     before = contents(tmp_path / "out")

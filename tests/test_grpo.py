@@ -326,7 +326,7 @@ def test_saved_model_loads_in_transformers(toy, tmp_path, dtype):
         for p in model.parameters():
             p += 0.01 * torch.randn_like(p)
     settings = Config(output_dir=str(tmp_path / "run"), seed=3)
-    assert open_run(settings, model.config, dtype) == (None, 0)
+    assert open_run(settings, model.config, dtype, []) == (None, 0)
     out = tmp_path / "out"
     save_model(model, out, toy / "init")
 

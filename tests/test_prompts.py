@@ -218,7 +218,7 @@ def test_frame_resize_is_pillows(tmp_path, shape, size, low, high, limit):
 
 
 def test_decoding_is_pixel_exact(tmp_path, monkeypatch):
-    """decord gives back every pixel that the toy's generator drew.
+    """PyAV gives back every pixel that the toy's generator drew.
 
     In the frames that were asked for, and in the image too.
     """
@@ -379,6 +379,25 @@ def test_too_long_prompt_is_an_error(make_dataset, record, capsys):
         assert f"sample_id {name}:" in line
         assert f" {n} " in line
         assert line.endswith(f" {length - 1}")
+
+
+@pytest.mark.parametrize("written, word", [(0, "fewer"), (1, "fewer"), (3, "more")])
+def test_placeholders_that_do_not_fit(make_dataset, record, monkeypatch, capsys, written, word):
+    """A template that writes other placeholders than there are media: an error of that record.
+
+    It is told before any work, by sample_id; no exception of an iterator ends a loop early.
+    """
+    dataset = make_dataset([record, record | dict(sample_id="uuid_8")])
+    monkeypatch.setattr(dataset.tokenizer, "chat_template", "<|image_pad|>" * written)
+    words = f"its prompt has {word} placeholders than its 2 media"
+    with pytest.raises(ValueError, match=words):
+        dataset.encode(record, record["choices"], [(2, 4, 4), (1, 4, 4)])
+    with pytest.raises(SystemExit) as end:
+        dataset.check_lengths(1000)
+    assert end.value.code == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(f"sample_id 7: {words}")
+    assert second.endswith(f"sample_id uuid_8: {words}")
 
 
 def test_length_is_checked_for_every_epoch(make_dataset, record, capsys):

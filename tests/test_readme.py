@@ -27,7 +27,14 @@ LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)?[\w/]+\.py)#L(\d+)-L(\d+)\)")
 
 # Flags of programs other than the scripts: this repository's, torchrun (before the script), hf.
 OTHERS = {
-    "validate.py": {"decode_timeout", "workers"},
+    "validate.py": {
+        "decode_timeout",
+        "workers",
+        "fps",
+        "max_frames",
+        "frame_size",
+        "video_reader",
+    },
     "report.py": {"output", "data_root"},
     "frames.py": {"samples"},
     "kill_and_resume.py": {"kills", "seed"},
@@ -42,7 +49,7 @@ OTHERS = {
         "logits_to_keep",
         "prompts",
     },
-    "input_pipeline.py": {"train"},
+    "input_pipeline.py": {"train", "readers"},
     "test_smoke.py": {"sync"},
     "test_readme.py": {"fix"},
     "torchrun": {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts"},
@@ -260,9 +267,9 @@ def test_named_tests_exist():
 
 
 def test_traps():
-    """20 traps, in order, each with a test whose docstring names the trap."""
+    """The traps, in order, each with a test whose docstring names the trap."""
     rows = table("| # | trap |")
-    assert [int(row[0]) for row in rows] == list(range(1, 21))
+    assert [int(row[0]) for row in rows] == [*range(1, 21), 22]
 
     docs = docstrings()
     without = []
@@ -431,7 +438,7 @@ def test_evaluation_fields():
     predictions = written("eval_video.py", "prediction", "graded")
     assert named_fields("| field of a prediction |") == predictions
 
-    fields = written("eval_video.py", "tally") | {"by_domain", "by_category"}
+    fields = written("eval_video.py", "tally") | {"by_domain", "by_category", "missing"}
     intervals = {name for name in fields if name.endswith("_ci95")}
     assert named_fields("| field of a split |") == fields - intervals
     [sentence] = re.findall(r"^(.*) come with an interval each, `…_ci95`\.$", TEXT, re.M)

@@ -55,7 +55,7 @@ class Config(e.Config):
 
 
 # What the questions looked like: the evaluation's own.
-LOOKS = ("max_frames", "fps", "frame_size", "ablate", "seed")
+LOOKS = ("max_frames", "fps", "frame_size", "video_reader", "ablate", "seed")
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -67,12 +67,14 @@ def main():
     # What was evaluated: everything is looked at before the first model is loaded.
     source = e.find_model(c.model)
     folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
-    splits = c.splits + (["LVB"] if c.longvideobench else [])
+    splits = [split for split in c.splits if split != "LVB"]
+    if c.longvideobench:
+        splits.append("LVB")
     summary = read_summary(folder, splits)
     answers = {split: read_answers(folder, split) for split in splits}
     settings = check_settings(c, folder, splits, source)
     questions = {split: load_questions(c, split, settings[split]) for split in splits}
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = e.load_tokenizer(source)
     check_reference(c.reference, tokenizer)
 
     # The models.
@@ -131,7 +133,8 @@ def check_settings(c, folder, splits, source):
 
     settings = {}
     for split in splits:
-        settings[split] = json.loads((folder / f"settings_{split}.json").read_text())
+        text = (folder / f"settings_{split}.json").read_text()
+        settings[split] = dict(video_reader="decord") | json.loads(text)  # an older version's
         if settings[split]["model_sha256"] != weights:
             e.fail(
                 f"--output_dir {folder}: its {split} was answered by another model's weights than "
@@ -151,6 +154,7 @@ def load_questions(c, split, settings):
         root = Path(c.data_root)
         records = e.load_records(root / f"annotations/{split}.jsonl", root)
 
+    records, _ = e.with_media(records, c.skip_missing)
     if settings["data_sha256"] != e.questions_hash(records, settings["seed"]):
         e.fail(f"{place}: its {split} has other questions than those that were answered")
     return [e.ablated(record, settings["ablate"]) for record in records[: c.limit or None]]

@@ -78,7 +78,7 @@ def write_strips(videos, folder, size, c):
     pool = g.decoding_pool(c.dataloader_num_workers)
     strips = []
     for name, paths in videos.items():
-        wanted = (folder / f"{name}.png", paths, size, c.fps, c.max_frames)
+        wanted = (folder / f"{name}.png", paths, size, c.fps, c.max_frames, c.video_reader)
         strips.append(pool.schedule(write_strip, wanted, timeout=c.decode_timeout))
 
     for name, strip in zip(tqdm(videos, desc="samples"), strips):
@@ -94,10 +94,10 @@ def write_strips(videos, folder, size, c):
     pool.join()
 
 
-def write_strip(picture, videos, size, fps, max_frames):
-    """Writes the videos' frames side by side -> what went wrong, or None."""
+def write_strip(picture, videos, *how):
+    """Writes the videos' frames side by side, read as `how` says -> what went wrong, or None."""
     try:
-        frames = [g.read_media("video", path, size, fps, max_frames) for path in videos]
+        frames = [g.read_media("video", path, *how) for path in videos]
     except Exception as error:  # whatever a decoder raises is this sample's failure
         return f"{type(error).__name__}: {error}".splitlines()[0]
     pixels = torch.cat(tuple(torch.cat(frames)), dim=1)  # [size, T * size, 3]
