@@ -1,6 +1,7 @@
 """Wrong flags, annotations and checkpoints, unreadable media: what users are told, what goes on."""
 
 import ast
+import hashlib
 import inspect
 import io
 import json
@@ -890,6 +891,29 @@ def test_a_run_over_bad_samples_goes_on(run):
     for row in log:
         assert row["loss"] is not None
         assert row["grad_norm"] is not None
+
+
+@pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
+def test_a_run_without_missing_media(run, script):
+    """--skip_missing trains on the records whose media are there, and says which are not."""
+    run.videos[3].unlink()
+    run.videos[5].unlink()
+    code, err, out = run(script, per_device_train_batch_size=4)
+    assert code == 2
+    assert "2 files are missing" in err
+    assert not out.exists()
+
+    code, err, out = run(script, per_device_train_batch_size=2, skip_missing=True)
+    assert code == 0, err
+    assert "2 records are left out: missing.jsonl names" in run.stdout
+    lost = [dict(sample_id=n, file=str(run.videos[n])) for n in (3, 5)]
+    assert read_rows(out / "missing.jsonl") == lost
+    settings = json.loads((out / "config.json").read_text())["run"]
+    assert settings["missing"] == 2
+    assert settings["missing_sha256"] == hashlib.sha256(b"[3, 5]").hexdigest()
+    log = read_rows(out / "metrics.jsonl")
+    assert len(log) == 3
+    assert sum(row["bad_samples"] for row in log) == 0
 
 
 @pytest.mark.parametrize("script", [g, sft_video], ids=["grpo", "sft"])
