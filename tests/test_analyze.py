@@ -1,4 +1,4 @@
-"""tools/analyze.py: attention weights against SDPA and transformers, a response's parts.
+"""tools/analyze.py: attention and visual reliance against transformers, a response's parts.
 
 And consistency, heatmaps, a split whole, the command and what it refuses.
 """
@@ -170,6 +170,86 @@ def test_placeholders_in_a_response_are_words(tiny_model):
     none = torch.zeros(2).bool()
     shares = a.attention_shares(weights, [], [], none, ~none, 2)
     assert shares == dict(layers=[0, 0], overall=0, think=None, answer=0, frames=[], image=None)
+
+
+# ---- Visual reliance -----------------------------------------------------------------------------
+class Stub:
+    """A model of three words whose logits are given, of each token: seeing, or blinded."""
+
+    def __init__(self, seeing, blind):
+        self.views = (blind, seeing)
+
+    def completion_states(self, prompts, completions):
+        assert completions.tolist() == [[[2, 0, 1]]]
+        return self.views[bool(prompts.patches.any())]
+
+    def logits(self, states):
+        return states
+
+
+def test_reliance_by_hand():
+    """The KL's direction, its unit, or which token's place a number has; logits are normalised."""
+    p = [0.7, 0.2, 0.1]
+    q = [0.25, 0.25, 0.5]
+    seeing = torch.tensor([p, q, q]).log() + 5
+    blind = torch.tensor([q, q, p]).log() - 1
+
+    prompts = e.Prompts(ids=torch.zeros(1, 1).long(), patches=torch.ones(4, 1176))
+    found = a.visual_reliance(Stub(seeing, blind), prompts, [2, 0, 1])
+    # p to q: .7 ln 2.8 + .2 ln .8 + .1 ln .2 = .72073 - .04463 - .16094
+    # q to p: .25 ln .35714 + .25 ln 1.25 + .5 ln 5 = -.25740 + .05579 + .80472
+    assert found.tolist() == pytest.approx([0.51516, 0, 0.60310], abs=1e-5)
+    assert found.tolist() == pytest.approx([divergence(p, q), 0, divergence(q, p)], abs=1e-6)
+
+    parts = torch.tensor([True, False, True])
+    assert a.mean_of(found, parts) == pytest.approx(0.55913, abs=1e-5)
+    assert a.mean_of(found, ~parts & parts) is None
+
+
+def divergence(p, q):
+    """KL(p || q) of two lists of probabilities, in nats."""
+    return sum(x * math.log(x / y) for x, y in zip(p, q))
+
+
+@torch.no_grad()
+def test_reliance_is_that_of_transformers(tiny_model):
+    """A token's number is of another row, or the blinded prompt is another than without pixels.
+
+    Of 70 tokens, so that the pieces come together again.
+    """
+    _, hf, model = tiny_model()
+    sample = make_sample(model.config, 5, CLIP, 2, STILL, 7)
+    completions = random_completions(1, 1, 70)
+    inputs = transformers_inputs(hf.config, [sample], completions)
+    pixels = {key: x for key, x in inputs.items() if key.startswith("pixel_values")}
+    assert len(pixels) == 2
+    none = {key: torch.zeros_like(x) for key, x in pixels.items()}  # 0 is the mean colour
+    P = len(sample["ids"])
+    seen, blind = (
+        hf(**view).logits[0, P - 1 : -1].log_softmax(-1) for view in (inputs, inputs | none)
+    )
+
+    found = a.visual_reliance(model, collate(sample), completions[0, 0].tolist())
+    expected = torch.nn.functional.kl_div(blind, seen, log_target=True, reduction="none").sum(-1)
+    assert found.shape == (70,)
+    assert found.min() > 1e-5
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_reliance_is_0_where_pixels_say_nothing(tiny_model):
+    """Exactly 0: without media, and with a vision tower that says the same of all pixels."""
+    *_, model = tiny_model()
+    sighted = collate(make_sample(model.config, 5, CLIP, 2, STILL, 7))
+    ids = [7, 8, 9]
+    assert (a.visual_reliance(model, sighted, ids) > 0).all()
+    words = collate(make_sample(model.config, 9))
+    assert a.visual_reliance(model, words, ids).tolist() == [0, 0, 0]
+
+    last = model.visual.merger.mlp[2]
+    last.weight.zero_()
+    last.bias.normal_(generator=torch.Generator().manual_seed(0))
+    assert a.visual_reliance(model, sighted, ids).tolist() == [0, 0, 0]
 
 
 # ---- The response's parts ------------------------------------------------------------------------
@@ -432,6 +512,9 @@ def check_rows(found, rows, records):
     assert found[1]["attention"]["think"] is None
     assert found[3]["attention"]["answer"] is None
     assert found[3]["attention"]["think"] > 0
+    for key, absent in (("think", [1]), ("answer", [1, 3]), ("letter", [1])):
+        reliance = [row["visual_reliance"][key] for row in found]
+        assert [i for i, nats in enumerate(reliance) if nats is None] == absent
 
     for row in found:
         shares = row["attention"]
@@ -440,6 +523,11 @@ def check_rows(found, rows, records):
         kinds = [kind for kind, _ in records[row["sample_id"]]["media"]]
         assert bool(shares["frames"]) == ("video" in kinds)
         assert (shares["image"] is not None) == ("image" in kinds)
+        reliance = row["visual_reliance"]
+        [answer] = [x for x in rows if x["sample_id"] == row["sample_id"]]
+        assert "".join(reliance["tokens"]) == answer["response"]
+        assert len(reliance["nats"]) == len(reliance["tokens"]) == len(answer["ids"])
+        assert reliance["overall"] == pytest.approx(np.mean(reliance["nats"]))
 
 
 def check_summary(summary, found):
@@ -452,6 +540,9 @@ def check_summary(summary, found):
     answer = np.mean([attention[i]["answer"] for i in (0, 2)])
     assert summary["attention"]["layers"] == pytest.approx(layers)
     assert summary["attention"]["answer"] == pytest.approx(answer)
+
+    letters = [found[i]["visual_reliance"]["letter"] for i in (0, 2, 3)]
+    assert summary["visual_reliance"]["letter"] == pytest.approx(np.mean(letters))
 
     judged = [row for row in found if row["consistent"] is not None]
     consistent = np.mean([row["consistent"] for row in judged])
@@ -475,6 +566,7 @@ def test_sums_by_hand():
             correct=correct,
             p_answer=None if consistent is None else 0.5,
             attention=shares | dict(frames=frames),
+            visual_reliance=dict(overall=0.5, think=None, answer=answer, letter=0.25),
         )
 
     rows = [
@@ -492,6 +584,9 @@ def test_sums_by_hand():
         layers=pytest.approx([0.1, 0.3]),
         frames=pytest.approx([0.2, 0.2]),
     )
+    assert summary["visual_reliance"] == dict(
+        overall=0.5, think=None, answer=pytest.approx(0.6), letter=0.25
+    )
     assert summary["consistent"] == pytest.approx(2 / 3)
     assert summary["p_answer"] == 0.5
     assert summary["p_answer_blind"] is None
@@ -501,9 +596,9 @@ def test_sums_by_hand():
     assert summary["if_consistent"]["ci95"] == e.wilson(1, 2)
 
     *_, full, empty = a.table(dict(L1=summary, L2=a.sum_up([], 3))).splitlines()
-    means = "| L1 | 4 | 20.0 |  | 60.0 | 66.7 "
+    means = "| L1 | 4 | 20.0 |  | 60.0 |  | 0.60 | 0.25 | 66.7 "
     assert full == f"{means}| 50.0 (9–91, n = 2) | 100.0 (21–100, n = 1) | 50.0 |  |"
-    assert empty == "| L2 | 0 |  |  |  |  |  |  |  |  |"
+    assert empty == "| L2 | 0 |" + 11 * "  |"
 
 
 def test_a_reference_sees(toy, tokenizer, settings, alone, tmp_path):

@@ -155,9 +155,14 @@ def write_evaluation(folder):
         )
         for i, text, letter, error in answers
     ]
-    analysis = dict(sample_id=2, consistent=False, p_answer=0.5)
+    # The first row is an older version's.
+    tokens = dict(tokens=["A", " ", ""], nats=[1.0, math.nan, 3.0])
+    analysis = [
+        dict(sample_id=2, consistent=False, p_answer=0.5),
+        dict(sample_id=3, consistent=None, p_answer=None, visual_reliance=tokens),
+    ]
     write(folder / "predictions_validation_L3.jsonl", predictions)
-    write(folder / "analysis_validation_L3.jsonl", [analysis])
+    write(folder / "analysis_validation_L3.jsonl", analysis)
 
 
 def write_data(folder):
@@ -501,6 +506,26 @@ def test_tokens_are_coloured(browser, page):
     assert "0.6" in backgrounds[1]
     assert "--more" in backgrounds[2]
     assert "0.3" in backgrounds[2]
+
+
+def test_where_the_video_enters(browser, page):
+    """An analysed response's tokens have the colour of their visual reliance; others have none."""
+    source = f"#source={page.parent}/eval validation_L3".replace(" ", "%20")
+    browser.open(page, f"{source}&sample_id=3")
+    spans = browser.js(
+        "[...document.querySelector('.card .text').children]"
+        ".map(s => [s.textContent, s.title, s.style.background])"
+    )
+    texts, titles, backgrounds = zip(*spans)
+    assert texts == ("A", " ")
+    assert titles == ("visual reliance 1", "visual reliance not finite")
+    assert "--enters" in backgrounds[0]
+    assert "0.3" in backgrounds[0]
+
+    browser.open(page, f"{source}&sample_id=2")
+    assert browser.texts(".card .text") == ["A"]
+    assert browser.js("document.querySelector('.card .text span').title") == ""
+    assert browser.faults() == []
 
 
 @pytest.mark.parametrize(

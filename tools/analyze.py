@@ -14,12 +14,17 @@ that predicts it (the prompt's last row for the first token) gives to the prompt
 tokens, mean over heads. Think tokens are those up to </think>, that tag included; answer tokens
 hold a character between <answer> and </answer> (as `>B` does). Without the tag there are none.
 
+Visual reliance: where the pixels enter. For each token KL(p || q) in nats, at temperature 1: p is
+the model's distribution in that place, q its distribution there if the prompt is blinded. Blinded
+means every pixel of video and image the mean colour, with grids, tokens and positions as they are;
+the response up to there is the same for both. So it is 0 where the words alone decide. Means over
+think and answer tokens as above, and over the letter's (of a letter behind a thinking).
+
 Consistency: the prompt and the response up to its letter are given, and the choices' letters are
 scored, renormalised among them. p_answer is the probability of the letter given, and the response
 is consistent if no other letter has more. With --reference that model judges. Without, the model is
-its own judge, twice: as it is (p_answer; greedy, it agrees with itself) and blind (p_answer_blind,
-every pixel the mean colour), where only the chain can lead to the letter; there blind decides on
-`consistent`.
+its own judge, twice: as it is (p_answer; greedy, it agrees with itself) and blinded
+(p_answer_blind), where only the chain can lead to the letter; there blind decides on `consistent`.
 
 Written: analysis_<split>.jsonl, a line a sample; heatmaps/<split>_<sample_id>.png; the means over a
 split as "analysis" in summary.json, and as a table on stdout.
@@ -224,6 +229,7 @@ def analyze_sample(model, reference, tokenizer, row, sample, kinds, picture):
     answer = touching(places, answer)
 
     weights = visual_attention(model, prompts, ids).cpu()
+    reliance = visual_reliance(model, prompts, ids).cpu()
     if picture and sample["grids"]:
         shown = weights[:, answer] if answer.any() else weights  # without an answer: by all tokens
         caption = f"{picture.stem}   gold {sample['gold']}   predicted {letter or 'none'}"
@@ -237,6 +243,14 @@ def analyze_sample(model, reference, tokenizer, row, sample, kinds, picture):
         ),
         attention=attention_shares(
             weights, sample["grids"], kinds, think, answer, vision.spatial_merge_size
+        ),
+        visual_reliance=dict(
+            overall=reliance.mean().item(),
+            think=mean_of(reliance, think),
+            answer=mean_of(reliance, answer),
+            letter=mean_of(reliance, touching(places, spot)),
+            tokens=[text[begin:end] for begin, end in places],
+            nats=reliance.tolist(),
         ),
     )
 
@@ -252,7 +266,13 @@ def sum_up(found, skipped):
         columns = itertools.zip_longest(*(x[key] for x in shares))
         attention[key] = [mean(column) for column in columns]
 
-    summary = dict(samples=len(found), skipped=skipped, attention=attention)
+    reliance = {}
+    for key in ("overall", "think", "answer", "letter"):
+        reliance[key] = mean(row["visual_reliance"][key] for row in found)
+
+    summary = dict(
+        samples=len(found), skipped=skipped, attention=attention, visual_reliance=reliance
+    )
     for key in ("consistent", "p_answer", "p_answer_blind"):
         summary[key] = mean(row.get(key) for row in found)
     for name, wanted in (("consistent", True), ("inconsistent", False)):
@@ -327,11 +347,35 @@ def attention_shares(weights, grids, kinds, think, answer, merge):
     return dict(
         layers=shares.mean(1).tolist(),
         overall=shares.mean().item(),
-        think=shares[:, think].mean().item() if think.any() else None,
-        answer=shares[:, answer].mean().item() if answer.any() else None,
+        think=mean_of(shares, think),
+        answer=mean_of(shares, answer),
         frames=[share for share, kind in zip(slices, slice_kinds) if kind == "video"],
         image=sum(image) if image else None,
     )
+
+
+def mean_of(values, part):
+    """values [..., C] -> their mean over the tokens of a part, [C] bool; None if it has none."""
+    return values[..., part].mean().item() if part.any() else None
+
+
+# ---- Visual reliance -----------------------------------------------------------------------------
+def visual_reliance(model, prompts, ids):
+    """One prompt and the ids of a response -> [C] fp32: of each token KL(p || q) in nats, where p
+    is the model's distribution over the vocabulary and q the blinded one.
+
+    Both have read the same words, so what parts them comes from the pixels."""
+    completion = torch.tensor([[ids]], device=prompts.ids.device)
+    seen = model.completion_states(prompts, completion)
+    blind = model.completion_states(blinded(prompts), completion)
+
+    # 64 rows at a time: those of a long response would be 300 MB of logits each way.
+    found = []
+    for seen_rows, blind_rows in zip(seen.split(64), blind.split(64)):
+        log_p = model.logits(seen_rows).log_softmax(-1)  # [64, vocabulary]
+        log_q = model.logits(blind_rows).log_softmax(-1)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(found)
 
 
 # ---- The response's parts ------------------------------------------------------------------------
@@ -464,6 +508,9 @@ HEADS = [
     "attention on vision",
     "think",
     "answer",
+    "reliance on vision, nats: think",
+    "answer",
+    "letter",
     "consistent",
     "accuracy if consistent",
     "if inconsistent",
@@ -479,6 +526,7 @@ def table(summaries):
     for split, x in summaries.items():
         line = [split, str(x["samples"])]
         line += [percent(x["attention"][key]) for key in ("overall", "think", "answer")]
+        line += [nats(x["visual_reliance"][key]) for key in ("think", "answer", "letter")]
         line.append(percent(x["consistent"]))
         line += [accuracy(x[key]) for key in ("if_consistent", "if_inconsistent")]
         line += [percent(x[key]) for key in ("p_answer", "p_answer_blind")]
@@ -488,6 +536,10 @@ def table(summaries):
 
 def percent(value):
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def nats(value):
+    return "" if value is None else f"{value:.2f}"
 
 
 def accuracy(group):

@@ -125,6 +125,21 @@ def pieces(tokens, ids, log_ratio):
     return words, [short(round(ratio, 3)) for ratio in ratios]
 
 
+def reliance(row):
+    """A row of analysis_<split>.jsonl -> the response's tokens and their visual reliance.
+
+    A token without a character of its own is left out; an older version's row has neither.
+    """
+    if "visual_reliance" not in row:
+        return {}
+    found = row["visual_reliance"]
+    tokens = [x for x in zip(found["tokens"], found["nats"], strict=True) if x[0]]
+    return dict(
+        text=[text for text, _ in tokens],
+        reliance=[short(round(nats, 3)) for _, nats in tokens],
+    )
+
+
 def question(prompt):
     """The chat text less its template and the instruction that every prompt has."""
     user = prompt.split("<|im_start|>user\n")[-1]
@@ -251,19 +266,27 @@ class Report:
         return dict(scores=scores) | counts
 
     def add_answers(self, folder, split):
-        """An evaluation's predictions; tools/analyze.py says which fit their thinking."""
-        analysis = folder / f"analysis_{split}.jsonl"
-        consistent = {}
-        if analysis.exists():
-            each(analysis, lambda row: consistent.update({row["sample_id"]: row["consistent"]}))
+        """An evaluation's predictions.
+
+        Of a question's first response tools/analyze.py says whether it fits its thinking, and
+        where the video enters.
+        """
+        path = folder / f"analysis_{split}.jsonl"
+        analysis = {}
+        if path.exists():
+            each(path, lambda row: analysis.update({row["sample_id"]: row}))
 
         def answer(row):
             texts = row.get("responses", [row["response"]])
             letters = row.get("answers", [row["predicted"]])
-            fits = consistent.get(row["sample_id"])
             shown = []
             for text, letter in zip(texts, letters, strict=True):
-                shown.append((dict(text=text, answer=letter), False, fits))
+                shown.append((dict(text=text, answer=letter), False, None))
+
+            looked_into = analysis.get(row["sample_id"])
+            if looked_into:
+                first = shown[0][0] | reliance(looked_into)
+                shown[0] = (first, False, looked_into["consistent"])
 
             record = self.records.get(row["sample_id"], {})
             lines = [record.get("question", "")]
@@ -395,12 +418,14 @@ HTML = r"""<!doctype html>
   color-scheme: light dark;
   --page: #f7f7f5; --card: #fff; --ink: #1d2329; --soft: #656d76; --line: #dcdfe3;
   --good: #1a7f4b; --bad: #b3382c; --more: 37 99 235; --less: 217 95 2;
+  --enters: 190 24 120;
   --c0: #2563eb; --c1: #d95f02; --c2: #0f8a6d; --c3: #8e44ad; --c4: #a0761a
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --card: #1d2226; --ink: #e4e7ea; --soft: #99a2ab; --line: #363d44;
     --good: #4cc38a; --bad: #f0806f; --more: 96 150 255; --less: 245 140 60;
+    --enters: 245 110 190;
     --c0: #74a7ff; --c1: #ff9d57; --c2: #45c9a5; --c3: #c792ea; --c4: #dcb862
   }
 }
@@ -493,6 +518,7 @@ input { width: 110px }
 .wrong b { color: var(--bad) }
 #less { background: rgb(var(--less) / .6); color: var(--ink) }
 #more { background: rgb(var(--more) / .6); color: var(--ink) }
+#enters { background: rgb(var(--enters) / .6); color: var(--ink) }
 </style>
 <main>
 <h1>Training and evaluation report</h1>
@@ -518,9 +544,11 @@ no denominator; no answer counts as wrong.</p>
 
 <section id="browser">
 <h2>Completions</h2>
-<p class="soft">A token's colour is its log-ratio: <span id="less">less</span> or
+<p class="soft">A token's colour in a training run is its log-ratio: <span id="less">less</span> or
 <span id="more">more</span> likely under the policy that wrote it than under the reference, in full
-colour from a factor of e² ≈ 7.4. What a filter does not ask for is pale.</p>
+colour from a factor of e² ≈ 7.4. In an evaluation that tools/analyze.py has looked into, it is
+<span id="enters">where the video enters</span>: the visual reliance, in full colour from 2 nats.
+What a filter does not ask for is pale.</p>
 <form>
 <label>run or evaluation <select name="source"><option value="">all</select></label>
 <label>step, or from-to <input name="step"></label>
@@ -735,16 +763,21 @@ function wanted(flag, {answer, truncated, consistent}) {
   return !consistent || !!(flag & (consistent === "yes" ? CONSISTENT : NOT_CONSISTENT));
 }
 
-// Tokens are spans, coloured by their log-ratios; a text without them is one span.
+function paint(span, name, value, colour) {
+  const strength = Math.min(1, Math.abs(value) / 2) * .6;
+  span.title = `${name} ${digits(value)}`;
+  span.style.background = `rgb(var(--${colour}) / ${strength})`;
+}
+
+// Tokens are spans, coloured by log-ratio or visual reliance; a text without either is one span.
 function colouredText(x) {
   const text = make("div", {class: "text"});
   [x.text].flat().forEach((piece, i) => {
     const span = text.appendChild(make("span", {}, piece));
     const ratio = x.log_ratio?.[i];
-    if (ratio === undefined) return;
-    const strength = Math.min(1, Math.abs(ratio) / 2) * .6;
-    span.title = `log-ratio ${digits(ratio)}`;
-    span.style.background = `rgb(var(--${ratio < 0 ? "less" : "more"}) / ${strength})`;
+    const nats = x.reliance?.[i];
+    if (ratio !== undefined) paint(span, "log-ratio", ratio, ratio < 0 ? "less" : "more");
+    if (nats !== undefined) paint(span, "visual reliance", nats, "enters");
   });
   return text;
 }
