@@ -1,4 +1,4 @@
-"""The evaluation: what is counted, batches, going on after a kill, ranks, ablations, tables."""
+"""The evaluation: counts, batches, going on after a kill, ranks, ablations, tables, pass rates."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2VLForConditionalG
 import eval_video as e
 import sft_video
 from test_smoke import CPU, ROOT, transformers_inputs
+from tools import select_records
 
 ENDS = ["<|im_end|>", "<|endoftext|>"]
 L1, L2, L3 = "validation_L1", "validation_L2", "validation_L3"
@@ -1131,3 +1132,118 @@ def test_compare_errors(tmp_path, fails):
     (a / PREDICTIONS).write_text("no json\n")
     told = fails(tmp_path / "none", compare=a)
     assert f"{a}/{PREDICTIONS}: " in told[0]
+
+
+# ---- Records by pass rate ------------------------------------------------------------------------
+@pytest.fixture
+def select(tmp_path, monkeypatch, capsys):
+    """select(*flags) -> what tools/select_records.py prints, run in this process.
+
+    Of the evaluation tmp_path/passes and the annotations tmp_path/training.jsonl.
+    """
+    home = tmp_path
+    common = f"{home}/passes --annotations {home}/training.jsonl --output {home}/kept.jsonl"
+
+    def run(*flags):
+        words = ["select_records.py", *common.split(), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", words)
+        capsys.readouterr()
+        select_records.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def passes(folder, rates, samples=10):
+    """An evaluation of training.jsonl whose questions were right so many times; None failed."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for name, right in rates.items():
+        row = dict(sample_id=name, gold="B", error=None)
+        if right is None:
+            row["error"] = "unreadable"
+        else:
+            row["answers"] = ["B"] * right + [None, "A"] * samples
+            row["answers"] = row["answers"][:samples]
+        rows.append(json.dumps(row) + "\n")
+    (folder / "predictions_training.jsonl").write_text("".join(rows))
+
+
+def test_records_by_pass_rate(tmp_path, select):
+    """Bounds are included; rows keep order and bytes, whatever their spaces and ends of line."""
+    lines = [b'{"sample_id": 7,   "x": "\xc3\xa9 \\u00e9"}', b'{"sample_id":"7"}\r', b"", b" "]
+    lines += [b'{"sample_id": %d}' % i for i in range(6)]
+    path = tmp_path / "training.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))  # no end behind the last line
+    passes(tmp_path / "passes", {5: 9, 0: 0, 1: 10, 2: 1, 3: None, 7: 3, "7": 9})
+    out = select("--pass_rate", 0.1, 0.9)
+    assert out.splitlines() == [
+        "pass rates below 0.1: 1, within: 4, above 0.9: 1; failed: 1, not asked: 1",
+        f"{tmp_path}/kept.jsonl holds the 4 records within",
+    ]
+    kept = (tmp_path / "kept.jsonl").read_bytes()
+    assert kept == b"".join(lines[i] + b"\n" for i in (0, 1, 6, 9))
+
+    (tmp_path / "kept.jsonl").unlink()
+    assert "below 0.3: 2, within: 1, above 0.3: 3;" in select("--pass_rate", 0.3, 0.3)
+    assert (tmp_path / "kept.jsonl").read_bytes() == lines[0] + b"\n"
+
+
+def test_selected_records_train(tmp_path, toy, evaluate, say, select):
+    """From an evaluation's own files; with the default bounds a half right record is kept."""
+    evaluate(tmp_path / "golds", limit=4)
+    golds = [row["gold"] for row in read(tmp_path / "golds")]
+    say(lambda i: [golds[i] if i == 0 or i == 2 and k < 2 else "?" for k in range(4)])
+    evaluate(tmp_path / "passes", limit=4, num_samples=4)
+    annotations = toy / f"data/annotations/{L1}.jsonl"
+    out = select("--annotations", annotations)
+    assert out.startswith("pass rates below 0.1: 2, within: 1, above 0.9: 1; failed: 0, not asked:")
+
+    whole = e.load_records(annotations, toy / "data")
+    assert e.load_records(tmp_path / "kept.jsonl", toy / "data") == [whole[2]]
+
+
+@pytest.mark.parametrize(
+    "rates, flags, problem",
+    [
+        ({1: 5}, "--pass_rate 0.9 0.1", "--pass_rate 0.9 0.1: must be two shares"),
+        ({1: 5}, "--pass_rate 0 1.5", "--pass_rate 0.0 1.5: must be two shares"),
+        ({1: 5}, "--pass_rate nan 1", "--pass_rate nan 1.0: must be two shares"),
+        ({1: 5}, "--output {0}/training.jsonl", "training.jsonl: exists already"),
+        ({1: 5}, "--output {0}/none/kept.jsonl", "none/kept.jsonl: No such file or directory"),
+        ({1: 5}, "--annotations {0}/none.jsonl", "none.jsonl: no such file"),
+        ({1: 5}, "--annotations {0}/bad.jsonl", "bad.jsonl:2: sample_id 1 a second time"),
+        ({1: 5}, "--annotations {0}/worse.jsonl", "worse.jsonl:1: list indices"),
+        ({1: 5}, "--annotations {0}/other.jsonl", "predictions_other.jsonl: no such file"),
+        ({1: 5, 9: 5, 8: None}, "", "training.jsonl: lacks 2 sample_ids of"),
+        ({1: 0, 2: 10, 3: 10}, "", "leaves no record: below 0.1: 1, within: 0, above 0.9: 2"),
+    ],
+)
+def test_selections_that_are_refused(tmp_path, select, capsys, rates, flags, problem):
+    """One line, exit code 2, and no file is written."""
+    (tmp_path / "training.jsonl").write_text("".join(f'{{"sample_id": {i}}}\n' for i in range(4)))
+    (tmp_path / "bad.jsonl").write_text('{"sample_id": 1}\n' * 2)
+    (tmp_path / "worse.jsonl").write_text("[1]\n")
+    (tmp_path / "other.jsonl").write_text('{"sample_id": 1}\n')
+    passes(tmp_path / "passes", rates)
+    check_refused(select, flags.format(tmp_path).split(), problem, capsys)
+    assert not list(tmp_path.rglob("kept.jsonl"))
+    assert (tmp_path / "training.jsonl").stat().st_size == 4 * 17
+
+
+def check_refused(select, flags, problem, capsys):
+    with pytest.raises(SystemExit) as end:
+        select(*flags)
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("select_records.py: error: ")
+    assert problem in line
+
+
+def test_one_sample_has_no_pass_rate(tmp_path, select, capsys):
+    """Predictions without `answers` are of one response a question."""
+    (tmp_path / "training.jsonl").write_text('{"sample_id": 0}\n')
+    folder = tmp_path / "passes"
+    made_up(folder, "training", [(0, "all", True)])
+    problem = "predictions_training.jsonl: holds no `answers`; must come from eval_video.py with"
+    check_refused(select, [], problem, capsys)

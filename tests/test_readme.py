@@ -37,6 +37,7 @@ OTHERS = {
     },
     "report.py": {"output", "data_root"},
     "frames.py": {"samples"},
+    "select_records.py": {"pass_rate", "annotations", "output"},
     "kill_and_resume.py": {"kills", "seed"},
     "same_numbers.py": {"keep"},
     "grpo_step.py": {
