@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -343,6 +344,117 @@ def test_bad_input(tmp_path, file, content, message):
     assert done.stderr.startswith(expected), done.stderr
 
 
+# ---- What the curves say -------------------------------------------------------------------------
+def log(steps=100, **changes):
+    """A healthy run's metrics.jsonl; a change is a metric's value at a share of the run."""
+    curves = dict(
+        reward=lambda t: 0.25 + 0.7 * t,
+        frac_reward_zero_std=lambda t: 0.2 + 0.6 * t,
+        entropy=lambda t: 0.22 - 0.16 * t,
+        frac_truncated=lambda t: 0.3 - 0.3 * t,
+        kl=lambda t: 0.3 * t,
+        frac_no_answer=lambda t: 0.6 - 0.6 * t,  # the format is learnt
+        logprob_gap_mean=lambda t: 0.01,
+        logprob_gap_max=lambda t: 0.8,
+    )
+    curves |= changes
+
+    rows = []
+    for i in range(steps):
+        wave = 0.02 * math.sin(i)
+        values = {key: curve(i / (steps - 1)) for key, curve in curves.items()}
+        rows.append(dict(step=i + 1, **values | dict(reward=values["reward"] + wave)))
+    return rows
+
+
+TROUBLES = {
+    "reward_is_flat": (
+        dict(reward=lambda t: 0.25 + 0.03 * t, frac_reward_zero_std=lambda t: 0.9),
+        "The reward does not rise: 0.25, then 0.28; 0.90 of the groups have zero variance",
+    ),
+    "entropy_is_gone": (
+        dict(entropy=lambda t: 0.5 * math.exp(-5 * t)),
+        "The entropy is gone: 0.32 nats, then 0.0057",
+    ),
+    "completions_do_not_end": (
+        dict(frac_truncated=lambda t: 0.98 * t),
+        "Completions do not end: 0.89 are truncated",
+    ),
+    "kl_runs_away": (
+        dict(kl=lambda t: 0.01 * math.exp(7 * t)),
+        "The KL runs away: 0.021 nats a token, then 6.1",
+    ),
+    "answers_are_unreadable": (
+        dict(frac_no_answer=lambda t: 0.7),
+        "Answers are unreadable: 0.70 give no single letter",
+    ),
+    "policies_are_apart": (
+        dict(logprob_gap_mean=lambda t: 0.1 * t),
+        "The scored policy is not the one that sampled: its log-probs are 0.09 nats apart",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", report.VERDICTS, ids=lambda rule: rule.__name__)
+def test_a_trouble_in_the_curves(rule):
+    """Its verdict alone comes, with the numbers; not where its metrics are not logged."""
+    changes, words = TROUBLES[rule.__name__]
+    [verdict] = report.verdicts(log(**changes))
+    assert verdict == dict(found=words, rule=rule.__doc__, advice=report.VERDICTS[rule])
+
+    without = [{k: x for k, x in row.items() if k not in changes} for row in log(**changes)]
+    assert report.verdicts(without) == []
+
+
+def test_a_healthy_run_has_no_verdicts():
+    """At no step of it; nor an SFT run, one without steps, one whose numbers are not finite."""
+    rows = log()
+    assert not any(report.verdicts(rows[:n]) for n in range(20, 101))
+    assert report.verdicts([dict(step=i, loss=1 / i, token_accuracy=1.0) for i in (1, 2)]) == []
+    assert report.verdicts([]) == []
+    assert report.verdicts([dict(step=1, kl=math.nan, entropy=None, frac_truncated=math.inf)]) == []
+
+
+def test_curves_are_judged_by_their_ends():
+    """The rules' limits, worked by hand on fifths of 25 steps, 5 each."""
+
+    def found(key, first, last, **others):
+        values = [first] * 5 + [9] * 15 + [last] * 5
+        return report.verdicts([{key: value, **others} for value in values])
+
+    high = dict(frac_reward_zero_std=0.7)
+    assert found("reward", 0.25, 0.29, **high)
+    assert not found("reward", 0.25, 0.31, **high)
+    assert not found("reward", 0.25, 0.2, frac_reward_zero_std=0.69)
+    for key, good, bad in (
+        ("entropy", 0.051, 0.049),  # of 0.5
+        ("frac_truncated", 0.49, 0.5),
+        ("kl", 0.99, 1.0),
+        ("frac_no_answer", 0.49, 0.5),
+        ("logprob_gap_mean", 0.049, 0.05),
+        ("logprob_gap_max", 4.9, 5.0),
+    ):
+        assert len(found(key, 0.5, bad)) == 1, key
+        assert found(key, 0.5, good) == [], key
+
+    # A trend needs 20 steps, a state does not.
+    assert report.verdicts([dict(reward=0.2, **high)] * 19) == []
+    assert len(report.verdicts([dict(reward=0.2, **high)] * 20)) == 1
+    assert len(report.verdicts([dict(frac_truncated=1.0)])) == 1
+
+
+def test_advice_names_flags_and_files():
+    """What a verdict tells the reader to use is there."""
+    advice = " ".join(report.VERDICTS.values())
+    source = (ROOT / "grpo_video.py").read_text()
+    flags = re.findall(r"--(\w+)", advice)
+    assert len(flags) >= 5
+    assert all(re.search(rf"^    {flag}: ", source, re.M) for flag in flags)
+    files = re.findall(r"[\w/]+\.py", advice)
+    assert len(files) >= 3
+    assert all((ROOT / file).is_file() for file in files)
+
+
 # ---- The page in a browser -----------------------------------------------------------------------
 class Browser:
     """Headless Chromium: browser("Domain.method", **params) -> result.
@@ -476,6 +588,29 @@ def test_page_opens_without_errors(browser, page):
     assert len(browser.texts("article")) == 20
     assert any("log_ratio" in note for note in browser.texts("#notes li"))
     assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_verdicts_stand_at_the_top(browser, folders, tmp_path):
+    """A line each, with run, rule and advice; no such section where the curves are well."""
+    changes, words = TROUBLES["kl_runs_away"]
+    write(tmp_path / "sick/metrics.jsonl", log(**changes))
+    page = report.Report(None)
+    page.add_run(tmp_path / "sick")
+    page.add_run(folders / "sft")
+    (tmp_path / "sick.html").write_text(page.html())
+    browser.open(tmp_path / "sick.html")
+    [line] = browser.texts("#verdicts li")
+    assert line.startswith(f"{tmp_path}/sick {words}. Lower --learning_rate")
+    assert line.endswith(" Rule: 1 or more.")
+    assert browser.js("document.querySelector('h2').textContent") == "What the curves say"
+    assert browser.js("document.querySelector('#verdicts').offsetHeight") > 20
+    assert browser.faults() == []
+
+    page = report.Report(None)
+    page.add_run(folders / "sft")
+    (tmp_path / "well.html").write_text(page.html())
+    browser.open(tmp_path / "well.html")
+    assert browser.js("document.querySelector('#verdicts').offsetHeight") == 0
 
 
 def test_script_shows_as_text(browser, page):

@@ -6,6 +6,8 @@
 It is about training runs and evaluations. It reads what the three scripts write (docs/metrics.md)
 and recomputes nothing; numbers are cut to 4 digits. The page needs no network. What follows `#` in
 its address sets its filters and can be shared: report.html#step=3&answer=wrong&hover=12.
+Where a training run's curves show one of six known troubles, a line at the top names it, with its
+rule and what to do (VERDICTS).
 
 A model's or a data set's words are never markup: they are JSON with `<`, `>`, `&` and all that is
 not ASCII escaped, shown as text nodes, and the page's policy runs the one script written here and
@@ -174,6 +176,89 @@ def embed(name, value):
     return f'<script type="application/json" id="{name}">{text}</script>\n'
 
 
+# ---- What the curves say -------------------------------------------------------------------------
+# A rule is a function of a run's rows of metrics.jsonl -> what it has found, or None. Its docstring
+# is the rule as the page states it. What it judges are means over the first and the last fifth.
+def reward_is_flat(rows):
+    """Over 20 steps or more, a rise below 0.05 and a share of 0.7 or more."""
+    first, last = fifths(rows, "reward")
+    silent = fifths(rows, "frac_reward_zero_std")[1]
+    if len(rows) >= 20 and last - first < 0.05 and silent >= 0.7:
+        share = f"{silent:.2f} of the groups have zero variance"
+        return f"The reward does not rise: {first:.2f}, then {last:.2f}; {share}"
+
+
+def entropy_is_gone(rows):
+    """Below 0.01 or, over 20 steps or more, below a tenth of the first."""
+    first, last = fifths(rows, "entropy")
+    if last < 0.01 or len(rows) >= 20 and last < first / 10:
+        return f"The entropy is gone: {first:.2g} nats, then {last:.2g}"
+
+
+def completions_do_not_end(rows):
+    """0.5 or more."""
+    last = fifths(rows, "frac_truncated")[1]
+    if last >= 0.5:
+        return f"Completions do not end: {last:.2f} are truncated"
+
+
+def kl_runs_away(rows):
+    """1 or more."""
+    first, last = fifths(rows, "kl")
+    if last >= 1:
+        return f"The KL runs away: {first:.2g} nats a token, then {last:.2g}"
+
+
+def answers_are_unreadable(rows):
+    """0.5 or more."""
+    last = fifths(rows, "frac_no_answer")[1]
+    if last >= 0.5:
+        return f"Answers are unreadable: {last:.2f} give no single letter"
+
+
+def policies_are_apart(rows):
+    """0.05 or more in a step's mean, or 5 or more in its maximum."""
+    mean = fifths(rows, "logprob_gap_mean")[1]
+    most = fifths(rows, "logprob_gap_max")[1]
+    apart = "The scored policy is not the one that sampled: its log-probs are"
+    if mean >= 0.05:
+        return f"{apart} {mean:.2g} nats apart"
+    if most >= 5:
+        return f"{apart} up to {most:.2g} nats apart"
+
+
+VERDICTS = {  # rule: what to do, as the page states it
+    reward_is_flat: "Train on records of a middling pass rate: tools/select_records.py.",
+    entropy_is_gone: "Go back to an earlier checkpoint; lower --learning_rate or raise --beta.",
+    completions_do_not_end: "Raise --max_completion_length, if they come to an answer at all.",
+    kl_runs_away: "Lower --learning_rate or raise --beta; colours below show at which tokens.",
+    answers_are_unreadable: "Read them below: cut off, or without tags? sft_video.py teaches tags.",
+    policies_are_apart: "Usual are 1e-6 in fp32, 0.01 in bf16; see tests/test_sampling.py.",
+}
+
+
+def fifths(rows, key):
+    """-> means of a key's finite values over the first and the last fifth of the rows that have
+    one. Where none has, NaN: then no rule holds."""
+    values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return math.nan, math.nan
+    count = math.ceil(len(values) / 5)
+    return sum(values[:count]) / count, sum(values[-count:]) / count
+
+
+def verdicts(rows):
+    """A run's rows of metrics.jsonl -> what its curves show: found, rule, advice."""
+    shown = []
+    for rule, advice in VERDICTS.items():
+        found = rule(rows)
+        if found:
+            shown.append(dict(found=found, rule=rule.__doc__, advice=advice))
+    return shown
+
+
+# ---- The page's data -----------------------------------------------------------------------------
 class Report:
     """What the page shows, gathered folder by folder.
 
@@ -186,6 +271,7 @@ class Report:
         self.root = data_root or Path("data/SEED-Bench-R1")  # eval_video.py's default
         self.runs = []  # their folders
         self.metrics = {}  # key: {a run's number: its steps and values}
+        self.verdicts = []
         self.tiers = []  # the table's rows
         self.sources = []  # what the filter by source names
         self.notes = []
@@ -195,13 +281,16 @@ class Report:
 
     def add_run(self, folder):
         self.runs.append(str(folder))
+        self.rows = []
         each(folder / "metrics.jsonl", self.add_metrics)
+        self.verdicts += [dict(run=str(folder)) | verdict for verdict in verdicts(self.rows)]
         if (folder / "rollouts.jsonl").exists():
             self.add_rollouts(folder)
 
     def add_metrics(self, row):
         """A row of the last run's metrics.jsonl."""
         run = len(self.runs) - 1
+        self.rows.append(row)
         for key, value in row.items():
             if key not in ("step", "epoch") and isinstance(value, (int, float)):
                 of_runs = self.metrics.setdefault(key, {})
@@ -388,6 +477,7 @@ class Report:
 
     def html(self):
         page = dict(
+            verdicts=self.verdicts,
             charts=self.charts(),
             tiers=self.tiers,
             sources=self.sources,
@@ -444,6 +534,7 @@ h3 { font-size: 14px; margin: 0; display: flex; justify-content: space-between; 
 h3 small { white-space: nowrap }
 .soft, small { color: var(--soft); font-size: 13px; margin: 0 }
 
+#verdicts li { font-size: 13px; margin-bottom: 4px }
 .grid {
   display: grid;
   gap: 12px;
@@ -523,6 +614,13 @@ input { width: 110px }
 <main>
 <h1>Training and evaluation report</h1>
 
+<section id="verdicts">
+<h2>What the curves say</h2>
+<p class="soft">Numbers are means over the last fifth of the run; of two, the first is over its
+first fifth.</p>
+<ul></ul>
+</section>
+
 <section id="training">
 <h2>Training</h2>
 <p class="soft">Point at a chart, or focus one and press ← or →, to read all of them at a step.
@@ -588,6 +686,13 @@ function make(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
+}
+
+// ---- What the curves say ----
+
+function verdict({run, found, rule, advice}) {
+  const reason = make("small", {}, ` Rule: ${rule}`);
+  return make("li", {}, make("small", {}, `${run} `), make("b", {}, `${found}. `), advice, reason);
 }
 
 // ---- Curves. A drawing is 360 x 140; LEFT, RIGHT, TOP and BOTTOM bound its plot. ----
@@ -857,6 +962,8 @@ function filter() {
 
 // ---- Fill the page ----
 
+$("verdicts").lastElementChild.append(...page.verdicts.map(verdict));
+$("verdicts").hidden = !page.verdicts.length;
 for (const c of page.charts) $(c.other ? "others" : "charts").append(chart(c));
 document.querySelector("table").append(...table(page.tiers));
 $("training").hidden = !page.charts.length;
