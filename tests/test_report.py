@@ -267,6 +267,64 @@ def test_data_cannot_become_markup(page):
     assert "http" not in rest
 
 
+@pytest.fixture(scope="module")
+def models(folders, tmp_path_factory):
+    """A page of three evaluations; the third is of other questions."""
+    home = tmp_path_factory.mktemp("models")
+    for name, letters, asked in (("base", "B-B", 1), ("grpo", "AAA", 1), ("else", "ABC", 2)):
+        rows = []
+        for i, letter in enumerate(letters):
+            answer = None if letter == "-" else letter
+            error = None if answer else "unreadable"
+            text = answer and f"chain of {name}"
+            row = dict(sample_id=i, response=text, predicted=answer, gold="A", error=error)
+            rows.append(row)
+        if name == "grpo":
+            rows[0] |= dict(responses=[text, "another"], answers=["A", "C"])
+            rows.append(dict(sample_id=3, response="so", predicted="A", gold="A", error=None))
+
+        write(home / name / "predictions_validation_L3.jsonl", rows)
+        settings = home / name / "settings_validation_L3.json"
+        settings.write_text(json.dumps(dict(data_sha256=str(asked))))
+        counts = dict(accuracy=0.5, correct=1, total=2, failed=0, no_answer=0, ci95=[0, 1])
+        summary = dict(validation_L3=counts | dict(by_domain={}))
+        (home / name / "summary.json").write_text(json.dumps(summary))
+
+    # What the analysis says is of the first response.
+    fits = dict(sample_id=0, consistent=True)
+    write(home / "grpo/analysis_validation_L3.jsonl", [fits])
+    names = [home / name for name in ("base", "grpo", "else")]
+    done = write_report(*names, "--data_root", folders / "data", "--output", home / "all.html")
+    assert "0 runs, 3 evaluations, 7 prompts" in done.stdout, done
+    return home / "all.html"
+
+
+def test_models_side_by_side(models):
+    """A question stands once, with each model's responses in the order of the command.
+
+    Other questions stand apart, whatever their ids. Who failed is named; who was not asked is not.
+    """
+    html = models.read_text()
+    home = models.parent
+    page = embedded(html, "page")
+    assert page["sources"] == ["validation_L3, 2 models", f"{home}/else validation_L3"]
+    assert page["index"]["source"] == [0, 0, 0, 0, 1, 1, 1]
+    assert page["index"]["sample_id"] == ["0", "1", "2", "3", "0", "1", "2"]
+    assert page["index"]["flags"] == ["050", "1", "01", "1", "1", "0", "0"]
+
+    first = embedded(html, "prompt-0")
+    assert first["question"].startswith("Question 0?")
+    shown = [(x["model"], x["text"], x["answer"]) for x in first["completions"]]
+    assert shown == [
+        (f"{home}/base", "chain of base", "B"),
+        (f"{home}/grpo", "chain of grpo", "A"),
+        (f"{home}/grpo", "another", "C"),
+    ]
+    assert embedded(html, "prompt-1")["error"] == f"{home}/base: unreadable"
+    [alone] = embedded(html, "prompt-4")["completions"]
+    assert alone == dict(text="chain of else", answer="A")
+
+
 def test_pictures(page):
     """The strip of frames and the observation are embedded, at most 140 high.
 
@@ -697,6 +755,30 @@ def test_filters(browser, page, state, count):
 
     values = browser.js("[...new FormData(document.forms[0])].filter(([, value]) => value)")
     assert dict(values) == dict(part.split("=") for part in state.split("&"))
+    assert browser.faults() == []
+
+
+@pytest.mark.parametrize(
+    "state, count", [("", 7), ("answer=mixed", 2), ("answer=right", 5), ("answer=wrong", 4)]
+)
+def test_models_on_the_page(browser, models, state, count):
+    """Each response has its model's name and its mark; `mixed` asks where models differ."""
+    browser.open(models, f"#{state}")
+    assert browser.texts("#count") == [f"prompts 1–{count} of {count}"]
+    heads = browser.texts("article:first-of-type .card b")
+    assert heads == ["✗ wrong: B", "✓ right: A", "✗ wrong: C"]
+    names = browser.texts("article:first-of-type .card .soft")
+    expected = ["base", "grpo · fits its thinking", "grpo"]
+    assert names == [f"{models.parent}/{name}" for name in expected]
+
+    tops = browser.js(
+        "[...document.querySelectorAll('article:first-of-type .card')]"
+        ".map(card => card.getBoundingClientRect().top)"
+    )
+    assert len(set(tops)) == 1
+    if not state:
+        assert "gold A · failed · 1 of 1 right" in browser.texts("article h3")[1]
+        assert browser.texts(".asked .text")[1].endswith(f"{models.parent}/base: unreadable")
     assert browser.faults() == []
 
 

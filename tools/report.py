@@ -2,8 +2,10 @@
 
     python tools/report.py runs/toy-grpo    # writes runs/toy-grpo/report.html
     python tools/report.py runs/grpo runs/sft runs/eval --output all.html --data_root DATA
+    python tools/report.py runs/eval-base runs/eval-sft runs/eval-grpo    # side by side
 
-It is about training runs and evaluations. It reads what the three scripts write (docs/metrics.md)
+It is about training runs and evaluations. What several evaluations answer to the same question
+stands side by side. It reads what the three scripts write (docs/metrics.md)
 and recomputes nothing; numbers are cut to 4 digits. The page needs no network. What follows `#` in
 its address sets its filters and can be shared: report.html#step=3&answer=wrong&hover=12.
 Where a training run's curves show one of six known troubles, a line at the top names it, with its
@@ -273,6 +275,7 @@ class Report:
         self.metrics = {}  # key: {a run's number: its steps and values}
         self.verdicts = []
         self.tiers = []  # the table's rows
+        self.evaluated = {}  # (split, the hash of its questions): the folders that answer them
         self.sources = []  # what the filter by source names
         self.notes = []
         self.prompts = []  # embedded
@@ -341,7 +344,12 @@ class Report:
 
         self.tiers.append(dict(name=str(folder), cells=cells))
         for split in summary:
-            self.add_answers(folder, split)
+            path = folder / f"settings_{split}.json"
+            asked = None
+            if path.exists():
+                with reading(path):
+                    asked = json.loads(path.read_bytes())["data_sha256"]
+            self.evaluated.setdefault((split, asked), []).append(folder)
 
     @staticmethod
     def cell(part):
@@ -354,8 +362,30 @@ class Report:
         counts = {key: part[key] for key in ("correct", "total", "failed", "no_answer")}
         return dict(scores=scores) | counts
 
-    def add_answers(self, folder, split):
-        """An evaluation's predictions.
+    def add_answers(self, split, folders):
+        """What these evaluations of a split say: each question once, their responses in turn."""
+        several = len(folders) > 1
+        name = f"{split}, {len(folders)} models" if several else f"{folders[0]} {split}"
+        self.add_source(name, self.root / f"annotations/{split}.jsonl")
+
+        found = {}  # (sample_id, gold letter): each folder's
+        for folder in folders:
+            for row in self.answers_of(folder, split):
+                if several:
+                    for shown, *_ in row["completions"]:
+                        shown["model"] = str(folder)
+                    row["error"] = row["error"] and f"{folder}: {row['error']}"
+                found.setdefault((row["sample_id"], row["gold"]), []).append(row)
+
+        for (sample_id, gold), rows in found.items():
+            errors = [row["error"] for row in rows if row["error"]]
+            question = dict(sample_id=sample_id, gold=gold, error="\n".join(errors) or None)
+            completions = itertools.chain(*(row["completions"] for row in rows))
+            self.add(folders[0], question, list(completions), self.asked(sample_id))
+
+    @staticmethod
+    def answers_of(folder, split):
+        """An evaluation's predictions -> sample_id, gold, error and completions of each.
 
         Of a question's first response tools/analyze.py says whether it fits its thinking, and
         where the video enters.
@@ -364,6 +394,7 @@ class Report:
         analysis = {}
         if path.exists():
             each(path, lambda row: analysis.update({row["sample_id"]: row}))
+        found = []
 
         def answer(row):
             texts = row.get("responses", [row["response"]])
@@ -376,16 +407,20 @@ class Report:
             if looked_into:
                 first = shown[0][0] | reliance(looked_into)
                 shown[0] = (first, False, looked_into["consistent"])
+            kept = {key: row[key] for key in ("sample_id", "gold", "error")}
+            found.append(kept | dict(completions=[] if row["error"] else shown))
 
-            record = self.records.get(row["sample_id"], {})
-            lines = [record.get("question", "")]
-            for letter in "abcd":
-                if f"choice_{letter}" in record:
-                    lines.append(f"{letter.upper()}. {record[f'choice_{letter}']}")
-            self.add(folder, row, [] if row["error"] else shown, "\n".join(lines))
-
-        self.add_source(f"{folder} {split}", self.root / f"annotations/{split}.jsonl")
         each(folder / f"predictions_{split}.jsonl", answer)
+        return found
+
+    def asked(self, sample_id):
+        """The question and its choices, where the annotations have them."""
+        record = self.records.get(sample_id, {})
+        lines = [record.get("question", "")]
+        for letter in "abcd":
+            if f"choice_{letter}" in record:
+                lines.append(f"{letter.upper()}. {record[f'choice_{letter}']}")
+        return "\n".join(lines)
 
     def add_source(self, name, annotations):
         """A new entry of the filter by source.
@@ -539,7 +574,7 @@ h3 small { white-space: nowrap }
   display: grid;
   gap: 12px;
   margin: 12px 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr))
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr))
 }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
 .card, article {
@@ -646,13 +681,14 @@ no denominator; no answer counts as wrong.</p>
 <span id="more">more</span> likely under the policy that wrote it than under the reference, in full
 colour from a factor of e² ≈ 7.4. In an evaluation that tools/analyze.py has looked into, it is
 <span id="enters">where the video enters</span>: the visual reliance, in full colour from 2 nats.
-What a filter does not ask for is pale.</p>
+Evaluations of the same questions stand side by side. What a filter does not ask for is pale; an
+answer is mixed if some of a question's are right and some wrong.</p>
 <form>
 <label>run or evaluation <select name="source"><option value="">all</select></label>
 <label>step, or from-to <input name="step"></label>
 <label>sample_id <input name="sample_id"></label>
 <label>answer
-<select name="answer"><option value="">all<option>right<option>wrong</select></label>
+<select name="answer"><option value="">all<option>right<option>wrong<option>mixed</select></label>
 <label>fits its thinking
 <select name="consistent"><option value="">all<option>yes<option>no</select></label>
 <label>truncated
@@ -863,7 +899,8 @@ let start;  // the first of them on the page
 
 // Whether a completion meets what the form asks of it.
 function wanted(flag, {answer, truncated, consistent}) {
-  if (answer && (answer === "right") !== !!(flag & RIGHT_ANSWER)) return false;
+  if (answer === "right" && !(flag & RIGHT_ANSWER)) return false;
+  if (answer === "wrong" && flag & RIGHT_ANSWER) return false;
   if (truncated && (truncated === "yes") !== !!(flag & TRUNCATED)) return false;
   return !consistent || !!(flag & (consistent === "yes" ? CONSISTENT : NOT_CONSISTENT));
 }
@@ -888,7 +925,7 @@ function colouredText(x) {
 }
 
 function completion(x, flag, state) {
-  const facts = [];
+  const facts = x.model ? [x.model] : [];
   for (const key of ["reward", "advantage", "kl", "entropy", "length"])
     if (key in x) facts.push(`${key} ${digits(x[key])}`);
   if (flag & TRUNCATED) facts.push("truncated");
@@ -911,7 +948,8 @@ function prompt(i, state) {
   const facts = [page.sources[index.source[i]]];
   if (index.step[i] !== null) facts.push(`step ${index.step[i]}`);
   facts.push(`sample_id ${index.sample_id[i]}`, `gold ${row.gold}`);
-  facts.push(row.error ? "failed" : `${rights} of ${flags[i].length} right`);
+  if (row.error) facts.push("failed");
+  if (flags[i].length) facts.push(`${rights} of ${flags[i].length} right`);
 
   const uris = row.pictures === null ? [] : data(`picture-${row.pictures}`);
   const pictures = uris.map(src => make("img", {src, alt: "frames of the question"}));
@@ -953,6 +991,8 @@ function filter() {
     if (state.source && page.sources[index.source[i]] !== state.source) return false;
     if (from && (step === null || !(step >= +from && step <= (+to || Infinity)))) return false;
     if (state.sample_id && index.sample_id[i] !== state.sample_id) return false;
+    const kinds = new Set(flags[i].map(flag => flag & RIGHT_ANSWER));
+    if (state.answer === "mixed" && kinds.size < 2) return false;
     return !narrow || flags[i].some(flag => wanted(flag, state));
   }
   chosen = [...flags.keys()].filter(meets);
@@ -1021,6 +1061,8 @@ def main():
     for folder in args.folders:
         if (folder / "summary.json").exists():
             report.add_evaluation(folder)
+    for (split, _), folders in report.evaluated.items():
+        report.add_answers(split, folders)
 
     output = args.output or args.folders[0] / "report.html"
     try:
