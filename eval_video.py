@@ -138,7 +138,7 @@ class Config:
     save_cot: str = ""  # file for right responses, shortest first: training rows for sft_video.py
     cot_per_question: int = 1  # responses of a question that save_cot keeps, at least 1
     compare: list[str] = field(default_factory=list)  # evaluated folders to print as one table
-    paper: bool = False  # show the paper's numbers beside
+    paper: bool = False  # show the paper's and DeepVideo-R1's numbers beside
 
 
 TOY = dict(
@@ -157,12 +157,19 @@ DECIDING = (
     "video_reader"
 ).split()
 
-# Accuracy in %, arXiv 2503.24376
+# Accuracy in %: the paper's, arXiv 2503.24376, and DeepVideo-R1's re-runs, arXiv 2506.07464.
 COLUMNS = ("L1", "L2", "L3 Daily life", "L3 Hobbies", "L3 Recreation", "L3 Work", "L3")
+COLUMNS += ("LVB 15 s", "LVB 60 s", "LVB 600 s", "LVB 3600 s", "LVB")
 PAPER = {
     "paper: Qwen2-VL-7B": "34.79 34.02 31.21 32.30 33.33 30.69 31.57",
     "paper: + SFT": "43.79 44.10 38.27 41.02 32.24 38.61 38.15",
     "paper: + GRPO": "46.01 50.16 48.52 45.08 43.72 41.34 44.89",
+    "DeepVideo-R1: Qwen2-VL-7B": "- - - - - - - 42.3 44.8 34.0 25.4 32.9",
+    "DeepVideo-R1: 7B + SFT": "- - - - - - - 45.0 54.7 36.7 36.4 40.0",
+    "DeepVideo-R1: 7B + GRPO": "- - - - - - - 54.5 53.5 42.5 37.2 43.4",
+    "DeepVideo-R1: Qwen2-VL-2B": "12.9 16.4 - - - - 13.8",
+    "DeepVideo-R1: 2B + SFT": "34.1 36.2 - - - - 33.8",
+    "DeepVideo-R1: 2B + GRPO": "38.4 42.0 - - - - 36.8",
 }
 
 
@@ -253,12 +260,15 @@ def table(answers, paper):
         lines[folder] = line
         first = first or splits
 
+    columns = set().union(*lines.values())
     if paper:
         for model, values in PAPER.items():
-            lines[model] = dict(zip(COLUMNS, values.split()))
+            known = zip(COLUMNS, values.split())
+            line = {name: value for name, value in known if name in columns and value != "-"}
+            if line:
+                lines[model] = line
 
     # Sorted, "60 s" before "600 s".
-    columns = set().union(*lines.values())
     columns = sorted(columns, key=lambda name: re.sub(r"\d+ s", lambda x: x[0].zfill(6), name))
     cells = [["model", *columns], ["---"] * (len(columns) + 1)]
     for model, line in lines.items():

@@ -291,7 +291,8 @@ def test_summary_of_the_tiers(tmp_path, evaluate, say):
     assert lines[2].startswith(f"| {tmp_path} | {cell} ")
     paper = "| paper: + GRPO | 46.01 | 50.16 | 44.89 | 48.52 | 45.08 | 43.72 | 41.34 |  |  |"
     assert lines[5] == paper
-    assert (tmp_path / "summary.md").read_text().splitlines() == lines[:6]
+    assert lines[8] == "| DeepVideo-R1: 2B + GRPO | 38.4 | 42.0 | 36.8 |  |  |  |  |  |  |"
+    assert (tmp_path / "summary.md").read_text().splitlines() == lines[:9]
 
 
 def test_several_samples(tmp_path, evaluate, say):
@@ -340,7 +341,7 @@ def test_longvideobench(tmp_path, toy, evaluate, say):
     Counted by duration and by question category.
     """
     say(lambda i: ["<answer>E</answer>" if i % 2 else "<answer>A</answer>"])
-    out = evaluate(tmp_path, limit=8, longvideobench=toy / "data")
+    out = evaluate(tmp_path, limit=8, longvideobench=toy / "data", paper="")
     raws = json.loads((toy / "data/lvb_val.json").read_text())[:8]
     rows = read(tmp_path, "LVB")
     x = summary(tmp_path, "LVB")
@@ -356,6 +357,8 @@ def test_longvideobench(tmp_path, toy, evaluate, say):
     assert sum(counts["total"] for counts in categories.values()) == 8 == x["total"]
     columns = "L1 | LVB | LVB 15 s | LVB 60 s | LVB 600 s | LVB 3600 s"
     assert out.splitlines()[0] == f"| model | {columns} | failed | missing |"
+    published = "| DeepVideo-R1: 7B + GRPO |  | 43.4 | 54.5 | 53.5 | 42.5 | 37.2 |  |  |"
+    assert out.splitlines()[8] == published
 
     # Alone, without any annotations; one video of it is missing.
     root = tmp_path / "lvb"
@@ -1107,8 +1110,25 @@ def test_compare(tmp_path, evaluate):
     assert cells[second, "failed"] == "3"
     assert cells["paper: + GRPO", "L3 Work"] == "41.34"
     assert cells["paper: Qwen2-VL-7B", "L3"] == "31.57"
+    assert cells["DeepVideo-R1: 7B + SFT", "LVB 15 s"] == "45.0"
     assert {**contents(base), **contents(other)} == before
     assert not (tmp_path / "none").exists()
+
+
+def test_published_numbers(tmp_path, evaluate):
+    """Each row has a number for each of its places; rows and columns of other splits stay away."""
+    sizes = [len(values.split()) for values in e.PAPER.values()]
+    assert sizes == [7] * 3 + [12] * 3 + [7] * 3
+    assert len(e.COLUMNS) == 12
+
+    folder = made_up(tmp_path / "a", "LVB", [("v", "3600 s", True)])
+    cells = cells_of(evaluate(tmp_path / "none", compare=folder, paper="True"))
+    kinds = ("Qwen2-VL-7B", "7B + SFT", "7B + GRPO")
+    rows = ["model", "---", str(folder), *(f"DeepVideo-R1: {kind}" for kind in kinds)]
+    assert [*dict.fromkeys(row for row, _ in cells)] == rows
+    assert {column for _, column in cells} == {"model", "LVB", "LVB 3600 s", "failed"}
+    for column, values in (("LVB", "32.9 40.0 43.4"), ("LVB 3600 s", "25.4 36.4 37.2")):
+        assert [cells[row, column] for row in rows[3:]] == values.split()
 
 
 def test_compare_leaves_a_running_evaluation_alone(tmp_path, evaluate):

@@ -368,15 +368,14 @@ def test_what_it_is():
 
 
 def test_paper_numbers():
-    """The paper's accuracies are those that eval_video.py prints beside."""
+    """The published accuracies on L1 to L3 are those that eval_video.py prints beside."""
     paper = ast.literal_eval(assigned("eval_video.py", "PAPER"))
-    printed = [float(x) for x in re.findall(r"\d+\.\d+", str([*paper.values()]))]
+    printed = [values.split() for values in paper.values()]
+    printed = [values for values in printed if len(values) == 7]  # the others are LongVideoBench's
     rows = table("| accuracy in %, [arXiv")
 
-    given = []
-    for row in rows:
-        given += map(float, row[1:8])
-    assert given == printed and len(printed) == 21
+    given = [[cell or "-" for cell in row[1:8]] for row in rows]
+    assert given == printed and len(printed) == 6
     assert all(row[8] == "not measured" for row in rows)
 
 
