@@ -751,7 +751,8 @@ def test_settings_are_the_evaluations(evaluated, look, monkeypatch):
     first = analysis_rows(look.folder)
     look("--max_frames", 8, "--frame_size", 28, "--ablate", "text_only", "--seed", 1)
 
-    expected = dict(max_frames=4, fps=1.0, frame_size=84, ablate="no_video", seed=7)
+    expected = dict(max_frames=4, fps=1.0, frame_size=84, video_reader="pyav")
+    expected |= dict(ablate="no_video", seed=7)
     assert asked == [expected, expected]
     assert analysis_rows(look.folder) == first
     assert [row["attention"]["frames"] for row in first] == [[], [], []]
