@@ -1071,18 +1071,23 @@ def read_video(path, fps, max_frames):
     and turned as the file says (trap 22)."""
     times, keys, rate, length = timeline(path)
     indices = frame_indices(len(times), rate, fps, max_frames)
+
+    # A long video, with key frames between those that are wanted, is sought; any other is counted,
+    # and so is one whose frames come at other times than its packets promise.
     frames = [None]
-    if len(times) > 1000 and keys > max_frames:  # between two wanted frames lies a key frame
+    if len(times) > 1000 and keys > max_frames:
         frames = [seek_frame(path, times, index) for index in indices]
     if None in frames:
         shown = count_frames(path, indices)
         must(shown, "no frame of it decodes")
-        if len(shown) != len(times):  # as many as the packets promised
+        if len(shown) != len(times):
             indices = frame_indices(len(shown), rate, fps, max_frames)
             shown = count_frames(path, indices)
         frames = [shown[index] for index in indices]
 
-    seconds = (frames[-1].time or 0) - (frames[0].time or 0) + 1 / rate
+    last = frames[-1]
+    shown_for = max(1 / rate, (last.duration or 0) * last.time_base)
+    seconds = float((last.time or 0) - (frames[0].time or 0) + shown_for)
     must(1.1 * seconds >= length, f"cut off: {seconds:.1f} of about {length:.1f} s decode")
     turned = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in frames]
     must(len({frame.shape for frame in turned}) == 1, "its frames change their size")

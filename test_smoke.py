@@ -948,7 +948,7 @@ def copy_blocks(blocks, other):
 
 
 # ---- The scripts as text: can they be read? ------------------------------------------------------
-LARGEST = {"grpo_video.py": 13_720, "sft_video.py": 11_150, "eval_video.py": 12_150}  # tokens
+LARGEST = {"grpo_video.py": 13_750, "sft_video.py": 11_180, "eval_video.py": 12_180}  # tokens
 ALLOWED = {"nested comprehensions": 2, "two ideas in a pair": 3}  # of the rest none
 LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -178,6 +178,28 @@ def test_fewer_frames_than_promised_are_counted_anew(monkeypatch):
     assert numbers(frames) == g.frame_indices(280, 30, 2.0, 16).tolist()
 
 
+@pytest.mark.parametrize("name", ["still.mp4", "still.mkv"])
+def test_a_last_frame_may_stay_long(tmp_path, name):
+    """20 of 22 s show the last frame: that is no file that was cut off."""
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options=dict(bf="0"))
+        stream.width, stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        packets = []
+        for place in range(60):
+            frame = av.VideoFrame.from_ndarray(numbered.frame(place, *SIZE), format="rgb24")
+            frame.pts = place
+            frame.time_base = Fraction(1, 30)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        packets[-1].duration = 20 * 30
+        for packet in packets:
+            container.mux(packet)
+
+    frames = g.read_video(tmp_path / name, 2.0, 16)
+    assert numbers(frames)[-1] == 59
+
+
 # ---- What is refused -----------------------------------------------------------------------------
 def cut_in_half(path):
     data = path.read_bytes()
