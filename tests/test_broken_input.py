@@ -804,7 +804,7 @@ def make_data(data):
     (data / "annotations").mkdir(parents=True)
     split = make_toy.SPLITS["training_6k"]._replace(size=8)
     rows = make_toy.make_split("training_6k", split, data, np.random.default_rng(0))
-    chats = [make_toy.sft_row(row, 0, row["sample_id"]) for row in rows]
+    chats = [make_toy.sft_row(row, 0, 0, row["sample_id"]) for row in rows]
     write_rows(data / "annotations/training_6k.jsonl", *rows)
     write_rows(data / "annotations/training_with_cot_6k.jsonl", *chats)
     return rows

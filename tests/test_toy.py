@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tools import report
+from toy.make_toy import CHOICES
 
+DIRECTIONS = [move.split()[1] for move in CHOICES]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,6 +53,24 @@ def metrics(folder):
 
 def rewards(folder):
     return [row["reward"] for row in metrics(folder)]
+
+
+def test_the_bases_chains_are_loose(toy):
+    """Half of the thoughts that the base learns are drawn anew: 1/2 + 1/8 agree with their letter.
+
+    What stands behind the letter always does; the others think of each choice equally often.
+    """
+    form = r"<think>it moves (\w+)</think><answer>([A-D])\. move (\w+)</answer>"
+    said = []
+    for line in open(toy / "data/annotations/format_only.jsonl"):
+        said.append(re.fullmatch(form, json.loads(line)["response"]).groups())
+    assert {(letter, word) for _, letter, word in said} == {*zip("ABCD", DIRECTIONS)}
+
+    loose = [(letter, thought) for thought, letter, word in said if thought != word]
+    assert len(loose) / len(said) == pytest.approx(3 / 8, abs=0.03)
+    counts = Counter(loose)
+    assert len(counts) == 12
+    assert min(counts.values()) > 0.7 * max(counts.values())
 
 
 def test_grpo_learns_to_look(base, tmp_path):

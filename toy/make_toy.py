@@ -9,8 +9,10 @@ action.
     OUT/model   a Hugging Face folder: a base model that answers in the right format, but has not
                 learnt to look
 The base model comes from running sft_video.py itself on answers drawn without regard to the video,
-so whatever accuracy GRPO adds, it adds by looking. The same seed gives the same bytes in OUT/data
-and in the untrained model.
+so whatever accuracy GRPO adds, it adds by looking. Half of these answers have a chain of thought
+that was drawn by itself: the base's chains are loose, as a large model's are, and what training
+makes of them can be seen (toy/findings.py). The same seed gives the same bytes in OUT/data and in
+the untrained model.
 
     python toy/make_toy.py [--out toy] [--seed 0]
 """
@@ -178,6 +180,7 @@ SAMPLING = {
 
 # ---- The base model's training ----
 FORMAT_REPEATS = 8  # format-only rows of one training record: each of the four choices as often
+LOOSE = 0.5  # share of them whose thought is drawn anew; by chance a quarter of these agree
 BASE_LEARNING_RATE = 5e-3
 BASE_BATCH = 16
 
@@ -333,10 +336,10 @@ def user_text(question: str, choices: list[str]) -> str:
     return "\n".join([question, *lines, INSTRUCTION])
 
 
-def sft_row(record: dict, choice: int, sample_id) -> dict:
-    """A row of training_with_cot_6k: the chat prompt, and a response that says `choice`.
+def sft_row(record: dict, thought: int, choice: int, sample_id) -> dict:
+    """A row of training_with_cot_6k: the chat prompt, and a response.
 
-    Both its thought and its letter do.
+    It thinks of the choice `thought`, and answers `choice`.
     """
     source = record["video_source"]
     null = {"video": None, "image": None, "text": None}
@@ -348,11 +351,11 @@ def sft_row(record: dict, choice: int, sample_id) -> dict:
     content.append({"type": "image", **null, "image": image})
     content.append({"type": "text", **null, "text": user_text(record["question"], CHOICES)})
 
-    direction = CHOICES[choice].split()[1]
+    directions = [move.split()[1] for move in CHOICES]
     return {
         "sample_id": sample_id,
         "prompt": [{"role": "user", "content": content}],
-        "response": RESPONSE.format(direction, "ABCD"[choice], direction),
+        "response": RESPONSE.format(directions[thought], "ABCD"[choice], directions[choice]),
     }
 
 
@@ -368,12 +371,14 @@ def make_data(data: Path, seed: int) -> list[str]:
 
     rows["training_with_cot_6k"] = []
     rows["format_only"] = []
+    thoughts = np.random.default_rng((seed, 1))  # its own: all other draws are as without it
     for record in rows["training_6k"]:
         gold = "ABCD".index(record["golden_choice_idx"])
-        rows["training_with_cot_6k"].append(sft_row(record, gold, record["sample_id"]))
+        rows["training_with_cot_6k"].append(sft_row(record, gold, gold, record["sample_id"]))
         for k, choice in enumerate(rng.permutation(FORMAT_REPEATS) % 4):
+            thought = thoughts.integers(4) if thoughts.random() < LOOSE else choice
             sample_id = record["sample_id"] * FORMAT_REPEATS + k
-            rows["format_only"].append(sft_row(record, int(choice), sample_id))
+            rows["format_only"].append(sft_row(record, thought, choice, sample_id))
 
     for name, records in rows.items():
         lines = [json.dumps(record) + "\n" for record in records]
