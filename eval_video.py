@@ -316,7 +316,7 @@ def predict(model, tokenizer, samples, c):
         weight = model.model.embed_tokens.weight
         end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         seeds = [random.Random(repr((c.seed, s["sample_id"]))).getrandbits(63) for s in good]
-        completions = generate(
+        completions, _ = generate(
             model,
             Prompts.collate(good, weight.device, weight.dtype),
             c.num_samples,
@@ -684,28 +684,30 @@ def gather_rows(lists):
 # === shared: sampling — identical in grpo_video.py, eval_video.py ===
 @torch.no_grad()
 def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
-    """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0].
+    """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0]; log-probs
+    [B, G, c] of the tokens as they were drawn (greedy: at temperature 1).
 
     A row's random numbers come from its prompt's seed (an int) and its place in the group.
     generation_config.json is never read (trap 1), and the cache is always on (trap 17)."""
     B = len(prompts.ids)
     device = prompts.ids.device
     ends = torch.tensor(end_ids, device=device)
-    uniform = []
-    for seed in seeds:
-        rng = torch.Generator().manual_seed(seed)
-        uniform.append(torch.rand(G, C, dtype=torch.float64, generator=rng))
+    uniform = [
+        torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
     uniform = torch.cat(uniform).to(device)  # [B*G, C]
 
     # The prompts, once: their keys and values fill the cache.
     cache = KVCache(prompts, G, C)
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
 
-    # The state of decoding, [B*G] each. The prompts' last tokens open the completions.
+    # The state of decoding, [B*G] or [B*G, C]. The prompts' last tokens open the completions.
     token = prompts.last.repeat_interleave(G)
     position = prompts.last_position.repeat_interleave(G)
     ended = torch.zeros_like(token, dtype=torch.bool)
     out = torch.full((B * G, C), end_ids[0], device=device)
+    logp = torch.zeros(B * G, C, device=device)
 
     def step():
         """A token of each row. All that it changes keeps its place in memory, as a graph needs."""
@@ -713,7 +715,10 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
         positions = (position + cache.column).expand(3, -1)
         x = model.decoder(model.model.embed_tokens(token), positions, cache)
         drawn = uniform.index_select(1, cache.column)[:, 0]
-        token.copy_(pick(model.logits(x), drawn, temperature))
+        logits = model.logits(x)
+        token.copy_(pick(logits, drawn, temperature))
+        nll = F.cross_entropy(logits / (temperature or 1), token, reduction="none")
+        logp.index_copy_(1, cache.column, -nll[:, None])
         shown = torch.where(ended, ends[0], token)
         out.index_copy_(1, cache.column, shown[:, None])
         ended.logical_or_(torch.isin(token, ends))
@@ -730,7 +735,7 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
             run = graph.replay
-    return out[:, : int(cache.column) + 1].view(B, G, -1)
+    return [z[:, : int(cache.column) + 1].view(B, G, -1) for z in (out, logp)]
 
 
 class KVCache:
@@ -744,8 +749,7 @@ class KVCache:
         self.G = G
         self.C = C
         self.prefill = packed_attention(prompts, G, 0)
-        self.prompt = {}  # layer -> keys and values, [B, K, P, E] each
-        self.own = {}  # layer -> keys and values, [B, G, K, C, E] each
+        self.kept = {}  # layer -> keys and values, prompts' [B, K, P, E], own [B, G, K, C, E]
         self.column = prompts.lengths.new_full((1,), -1)  # of the token in hand
 
         # What is added to the scores: 0 where a row may look, else -inf. A step opens a column.
@@ -756,15 +760,16 @@ class KVCache:
     def __call__(self, layer, q, k, v):
         """First the prompts' rows [B*P, heads, E], which fill the cache; then a token of each
         completion, [B*G, heads, E]."""
-        if layer not in self.prompt:
+        if layer not in self.kept:
             room = (self.B, self.G, k.shape[1], self.C, k.shape[2])
-            both = [z.unflatten(0, (self.B, self.P)).transpose(1, 2) for z in (k.float(), v)]
-            self.prompt[layer] = [z.contiguous() for z in both]
-            self.own[layer] = [z.new_zeros(room) for z in both]
+            both = [
+                z.unflatten(0, (self.B, self.P)).transpose(1, 2).contiguous()
+                for z in (k.float(), v)
+            ]
+            self.kept[layer] = both + [z.new_zeros(room) for z in both]
             return self.prefill(layer, q, k, v)
 
-        prompt_k, prompt_v = self.prompt[layer]
-        own_k, own_v = self.own[layer]
+        prompt_k, prompt_v, own_k, own_v = self.kept[layer]
         q, k, v = (z.unflatten(0, (self.B, self.G)) for z in (q.float(), k.float(), v))
         own_k.index_copy_(3, self.column, k[:, :, :, None])
         own_v.index_copy_(3, self.column, v[:, :, :, None])

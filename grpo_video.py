@@ -279,6 +279,7 @@ class Group:
     advantages: torch.Tensor  # [B, G]
     rows: list  # of rollouts.jsonl, one a prompt
     signal: float = 0.0  # Σ |Â| over all ranks; without it and without a KL nothing is learnt
+    sampled_logp: torch.Tensor = None  # [B, G, C], of the tokens as they were drawn
     ref_logp: torch.Tensor = None  # [B, G, C]
     old_logp: torch.Tensor = None  # [B, G, C]
     # group_loss adds, [B, G, C] each: logp, ratio, clip_ratio, kl, entropy, loss, weight.
@@ -292,7 +293,7 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
     prompts = Prompts.collate(samples or [blank_sample(policy.config)], device, dtype)
     seeds = [random.Random(repr((c.seed, step, s["sample_id"]))).getrandbits(63) for s in samples]
 
-    completions = generate(
+    completions, sampled_logp = generate(
         policy,
         prompts,
         c.num_generations,
@@ -321,7 +322,7 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
     rewards = torch.tensor(rewards or [[0.0] * c.num_generations], device=device)
     advantages = group_advantages(rewards, c.scale_rewards)
     signal = global_sums(signal=advantages.abs().sum())["signal"]
-    return Group(prompts, completions, mask, advantages, rows, signal)
+    return Group(prompts, completions, mask, advantages, rows, signal, sampled_logp)
 
 
 def judged(ids, sample, c, tokenizer, end_ids):
@@ -397,13 +398,16 @@ def group_loss(model, group, c, totals):
 
 
 def finished_rows(group):
-    """The group's rows of rollouts.jsonl with what the update computed, per completion: the means
-    of kl, entropy and clip_ratio over its tokens, and each token's log-ratio to the reference."""
-    values = {}
-    for key in ("kl", "entropy", "clip_ratio"):
+    """The group's rows of rollouts.jsonl with what the update computed, per completion: means over
+    its tokens, and each token's log-ratio to the reference."""
+    group.logprob_gap_mean = (group.old_logp - group.sampled_logp).abs() * group.mask
+    values = dict(
+        logprob_gap_max=group.logprob_gap_mean.amax(-1),
+        advantage=group.advantages,
+        logprob_sum=(group.old_logp * group.mask).sum(-1),
+    )
+    for key in ("kl", "entropy", "clip_ratio", "logprob_gap_mean"):
         values[key] = (getattr(group, key) * group.mask).sum(-1) / group.mask.sum(-1)
-    values["advantage"] = group.advantages
-    values["logprob_sum"] = (group.old_logp * group.mask).sum(-1)
 
     for b, row in enumerate(group.rows):
         for g, x in enumerate(row["completions"]):
@@ -418,7 +422,6 @@ def audit_rows(group):
     """The group's rows of audit.jsonl, one a completion: lists over its C tokens, those behind its
     end too, where mask is false."""
     keys = "mask logp old_logp ref_logp ratio clip_ratio kl loss weight".split()
-    rows = []
 
     for b, row in enumerate(group.rows):
         for g, x in enumerate(row["completions"]):
@@ -432,27 +435,31 @@ def audit_rows(group):
             for key in keys:
                 if getattr(group, key) is not None:
                     audit[key] = getattr(group, key)[b, g].tolist()
-            rows.append(audit)
-    return rows
+            yield audit
 
 
 def rollout_metrics(rows):
     """A step's rows, of all ranks -> their means over prompts, completions or completion tokens,
     for metrics.jsonl."""
     xs = list(chain(*(row["completions"] for row in rows)))
+
+    def column(key):
+        return [x[key] for x in xs]
+
     stds = [np.std([x["reward"] for x in row["completions"]], ddof=1) for row in rows]
-    lengths = np.array([x["length"] for x in xs], int)
+    lengths = np.array(column("length"), int)
     columns = dict(
-        reward=[x["reward"] for x in xs],
+        reward=column("reward"),
         reward_std=stds,
         frac_reward_zero_std=np.equal(stds, 0),
-        advantage_abs_mean=[abs(x["advantage"]) for x in xs],
+        advantage_abs_mean=np.abs(column("advantage")),
         completion_length=lengths,
-        frac_truncated=[x["truncated"] for x in xs],
+        frac_truncated=column("truncated"),
         frac_no_answer=[x["answer"] is None for x in xs],
+        logprob_gap_max=np.max(column("logprob_gap_max"), initial=0),
     )
-    for key in ("kl", "entropy", "clip_ratio"):  # of each token, its completion's mean
-        columns[key] = np.repeat([x[key] for x in xs], lengths)
+    for key in ("kl", "entropy", "clip_ratio", "logprob_gap_mean"):
+        columns[key] = np.repeat(column(key), lengths)  # of each token, its completion's mean
 
     # Without a readable sample on any rank there is no mean.
     means = {key: float(np.mean(values)) if rows else math.nan for key, values in columns.items()}
@@ -631,28 +638,30 @@ def gather_rows(lists):
 # === shared: sampling — identical in grpo_video.py, eval_video.py ===
 @torch.no_grad()
 def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
-    """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0].
+    """-> G completions of each prompt, ids [B, G, c], c <= C, filled up with end_ids[0]; log-probs
+    [B, G, c] of the tokens as they were drawn (greedy: at temperature 1).
 
     A row's random numbers come from its prompt's seed (an int) and its place in the group.
     generation_config.json is never read (trap 1), and the cache is always on (trap 17)."""
     B = len(prompts.ids)
     device = prompts.ids.device
     ends = torch.tensor(end_ids, device=device)
-    uniform = []
-    for seed in seeds:
-        rng = torch.Generator().manual_seed(seed)
-        uniform.append(torch.rand(G, C, dtype=torch.float64, generator=rng))
+    uniform = [
+        torch.rand(G, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
     uniform = torch.cat(uniform).to(device)  # [B*G, C]
 
     # The prompts, once: their keys and values fill the cache.
     cache = KVCache(prompts, G, C)
     model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
 
-    # The state of decoding, [B*G] each. The prompts' last tokens open the completions.
+    # The state of decoding, [B*G] or [B*G, C]. The prompts' last tokens open the completions.
     token = prompts.last.repeat_interleave(G)
     position = prompts.last_position.repeat_interleave(G)
     ended = torch.zeros_like(token, dtype=torch.bool)
     out = torch.full((B * G, C), end_ids[0], device=device)
+    logp = torch.zeros(B * G, C, device=device)
 
     def step():
         """A token of each row. All that it changes keeps its place in memory, as a graph needs."""
@@ -660,7 +669,10 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
         positions = (position + cache.column).expand(3, -1)
         x = model.decoder(model.model.embed_tokens(token), positions, cache)
         drawn = uniform.index_select(1, cache.column)[:, 0]
-        token.copy_(pick(model.logits(x), drawn, temperature))
+        logits = model.logits(x)
+        token.copy_(pick(logits, drawn, temperature))
+        nll = F.cross_entropy(logits / (temperature or 1), token, reduction="none")
+        logp.index_copy_(1, cache.column, -nll[:, None])
         shown = torch.where(ended, ends[0], token)
         out.index_copy_(1, cache.column, shown[:, None])
         ended.logical_or_(torch.isin(token, ends))
@@ -677,7 +689,7 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
             run = graph.replay
-    return out[:, : int(cache.column) + 1].view(B, G, -1)
+    return [z[:, : int(cache.column) + 1].view(B, G, -1) for z in (out, logp)]
 
 
 class KVCache:
@@ -691,8 +703,7 @@ class KVCache:
         self.G = G
         self.C = C
         self.prefill = packed_attention(prompts, G, 0)
-        self.prompt = {}  # layer -> keys and values, [B, K, P, E] each
-        self.own = {}  # layer -> keys and values, [B, G, K, C, E] each
+        self.kept = {}  # layer -> keys and values, prompts' [B, K, P, E], own [B, G, K, C, E]
         self.column = prompts.lengths.new_full((1,), -1)  # of the token in hand
 
         # What is added to the scores: 0 where a row may look, else -inf. A step opens a column.
@@ -703,15 +714,16 @@ class KVCache:
     def __call__(self, layer, q, k, v):
         """First the prompts' rows [B*P, heads, E], which fill the cache; then a token of each
         completion, [B*G, heads, E]."""
-        if layer not in self.prompt:
+        if layer not in self.kept:
             room = (self.B, self.G, k.shape[1], self.C, k.shape[2])
-            both = [z.unflatten(0, (self.B, self.P)).transpose(1, 2) for z in (k.float(), v)]
-            self.prompt[layer] = [z.contiguous() for z in both]
-            self.own[layer] = [z.new_zeros(room) for z in both]
+            both = [
+                z.unflatten(0, (self.B, self.P)).transpose(1, 2).contiguous()
+                for z in (k.float(), v)
+            ]
+            self.kept[layer] = both + [z.new_zeros(room) for z in both]
             return self.prefill(layer, q, k, v)
 
-        prompt_k, prompt_v = self.prompt[layer]
-        own_k, own_v = self.own[layer]
+        prompt_k, prompt_v, own_k, own_v = self.kept[layer]
         q, k, v = (z.unflatten(0, (self.B, self.G)) for z in (q.float(), k.float(), v))
         own_k.index_copy_(3, self.column, k[:, :, :, None])
         own_v.index_copy_(3, self.column, v[:, :, :, None])

@@ -251,10 +251,13 @@ def test_greedy_decoding(tiny):
     """The static cache = everything computed anew for each token = transformers' generate."""
     _, hf, model = tiny
     samples = make_samples(model.config, PROMPTS["two prompts, one longer"])
-    ours = generate(model, collate(*samples), 2, 12, [END, OTHER_END], [0, 0], temperature=0)
+    ends = [END, OTHER_END]
+    ours, logp = generate(model, collate(*samples), 2, 12, ends, [0, 0], temperature=0)
     assert ours.shape == (2, 2, 12)
     assert (ours[:, 0] == ours[:, 1]).all()  # greedy: a group's completions are the same
     assert len(ours[:, 0].unique()) > 8  # many different words, else equality says little
+    with torch.no_grad():
+        torch.testing.assert_close(logp, model(collate(*samples), ours), atol=1e-5, rtol=0)
 
     anew = torch.zeros(2, 1, 0, dtype=torch.long)
     placeholder = torch.zeros(2, 1, 1, dtype=torch.long)  # stands where the next token comes
@@ -284,17 +287,17 @@ def test_decoding_stops_at_either_end_token(tiny, which):
     sample = make_sample(model.config, 5)
     prompts = collate(sample, make_sample(model.config, 5, seed=1))
     ends = [END, OTHER_END]
-    first, second = generate(model, prompts, 1, 8, ends, [1, 2])[:, 0].tolist()
+    first, second = generate(model, prompts, 1, 8, ends, [1, 2])[0][:, 0].tolist()
 
     # Now a word is an end token: one that the first row says, its third at the earliest, and the
     # second row never.
     ends[which] = next(token for token in first if first.index(token) >= 2 and token not in second)
     n = first.index(ends[which]) + 1
-    stopped = generate(model, prompts, 1, 8, ends, [1, 2])[:, 0].tolist()
+    stopped = generate(model, prompts, 1, 8, ends, [1, 2])[0][:, 0].tolist()
     assert stopped == [first[:n] + [ends[0]] * (8 - n), second]
 
     # Alone, the first row is not filled up: decoding ends with it.
-    alone = generate(model, collate(sample), 1, 8, ends, [1])
+    alone, _ = generate(model, collate(sample), 1, 8, ends, [1])
     assert alone.tolist() == [[first[:n]]]
 
 
@@ -409,7 +412,8 @@ COMMON = set(
 )
 OF_GRPO = set(
     "reward reward_std frac_reward_zero_std advantage_abs_mean kl entropy clip_ratio "
-    "completion_length frac_truncated frac_no_answer time_rollout time_ref".split()
+    "logprob_gap_mean logprob_gap_max completion_length frac_truncated frac_no_answer "
+    "time_rollout time_ref".split()
 )
 OF_ROLLOUT = set("step sample_id prompt prompt_ids_len gold completions".split())
 OF_COMPLETION = set("text ids reward answer advantage length kl logprob_sum".split())
@@ -465,6 +469,8 @@ def test_grpo_on_the_toy(runs):
     assert log[2]["kl"] > 0
     assert 0 < log[0]["reward"] < 1
     assert log[0]["grad_norm"] > 0
+    # The scored policy is the sampled one, to the rounding of fp32.
+    assert all(0 < m["logprob_gap_mean"] < m["logprob_gap_max"] < 1e-4 for m in log)
     # Not greedy, whatever the folder's generation_config.json says (trap 1).
     assert log[0]["entropy"] > 0.1
 

@@ -101,7 +101,7 @@ def say(monkeypatch):
 
             longest = max(map(len, rows))
             padded = [row + end_ids[:1] * (longest - len(row)) for row in rows]
-            return torch.tensor(padded).view(len(seeds), G, longest)
+            return torch.tensor(padded).view(len(seeds), G, longest), None
 
         monkeypatch.setattr(e, "generate", generate)
 
@@ -484,7 +484,7 @@ def test_batched_greedy_decoding(toy, model):
 
     def greedy(batch):
         prompts = e.Prompts.collate(batch, CPU, torch.float32)
-        return e.generate(ours, prompts, 1, 16, ends, [0] * len(batch), temperature=0)
+        return e.generate(ours, prompts, 1, 16, ends, [0] * len(batch), temperature=0)[0]
 
     together = greedy(samples)
     for s, row in zip(samples, together):

@@ -728,6 +728,25 @@ def test_rollouts_depend_on_seed_step_and_sample(tiny_model):
     assert ids(samples, seed=6)[0] != both[0]
 
 
+def test_the_gap_between_drawn_and_scored(tiny_model):
+    """A token's log-prob when it was drawn is compared with another token's, or padding counts.
+
+    Of the policy that sampled the gap is rounding alone; what is put there by hand is found.
+    """
+    _, _, model = tiny_model()
+    samples = [make_sample(model.config, *parts, seed=i) for i, parts in enumerate((LONG, SHORT))]
+    group = sampled(model, samples)
+    run_update(model, [group], 0.0)
+    for row in finished_rows(group):
+        assert all(0 <= x["logprob_gap_max"] < 1e-5 for x in row["completions"])
+
+    group.mask[0, 1, 2:] = False  # a completion of 2 tokens
+    group.sampled_logp[0, 1] = group.old_logp[0, 1] + torch.tensor([0.5, -0.25, 9, 9, 9, 9])
+    x = finished_rows(group)[0]["completions"][1]
+    assert x["logprob_gap_max"] == pytest.approx(0.5, abs=1e-6)
+    assert x["logprob_gap_mean"] == pytest.approx(0.375, abs=1e-6)
+
+
 def test_rollout_metrics():
     """A mean is taken over prompts where it should be over tokens, or the reverse.
 
@@ -743,6 +762,8 @@ def test_rollout_metrics():
             kl=kl,
             entropy=2 * kl,
             clip_ratio=0.0,
+            logprob_gap_mean=kl / 10,
+            logprob_gap_max=kl,
             answer="A",
             truncated=False,
         )
@@ -763,6 +784,8 @@ def test_rollout_metrics():
             kl=(0.3 + 0.5 + 0 + 0.8) / 10,
             entropy=2 * 1.6 / 10,
             clip_ratio=0,
+            logprob_gap_mean=0.16 / 10,
+            logprob_gap_max=0.5,
             completion_length=2.5,
             frac_truncated=0.25,
             frac_no_answer=0.25,
@@ -796,7 +819,7 @@ def test_the_scored_policy_is_the_sampled_one(tiny_model):
     """
     _, _, model = tiny_model(initializer_range=0.2)
     prompts = collate(make_sample(model.config, *SHORT))
-    completions = generate(model, prompts, 1500, 3, ENDS, [0], temperature=1.3)
+    completions, _ = generate(model, prompts, 1500, 3, ENDS, [0], temperature=1.3)
     mask = completion_mask(completions, ENDS)
 
     def standard_errors(temperature):
@@ -817,7 +840,7 @@ def test_the_mask_ends_where_decoding_stopped(tiny_model):
     """
     _, _, model = tiny_model()
     ends = [7, *range(100, 160)]  # so many that rows end at every place
-    completions = generate(model, collate(make_sample(model.config, 5)), 40, 8, ends, [0])
+    completions, _ = generate(model, collate(make_sample(model.config, 5)), 40, 8, ends, [0])
     mask = completion_mask(completions, ends)
 
     lengths = set()
@@ -854,11 +877,11 @@ def test_padding_is_not_seen(tiny_model):
     samples = [make_sample(model.config, *parts) for parts in (SHORT, LONG, (1,))]
     completions = random_completions(3, 3, 5)
     scored = model(collate(*samples), completions)
-    drawn = generate(model, collate(*samples), 3, 6, ENDS, [1, 2, 3])
+    drawn, _ = generate(model, collate(*samples), 3, 6, ENDS, [1, 2, 3])
     for i, sample in enumerate(samples):
         logp = model(collate(sample), completions[i : i + 1])[0]
         torch.testing.assert_close(logp, scored[i], atol=2e-6, rtol=0)
-        alone = generate(model, collate(sample), 3, 6, ENDS, [i + 1])[0]
+        alone = generate(model, collate(sample), 3, 6, ENDS, [i + 1])[0][0]
         assert torch.equal(alone, drawn[i, :, : alone.shape[1]])
 
 
@@ -943,7 +966,7 @@ def test_a_placeholder_in_a_completion_is_a_word(tiny_model):
     # With all other tokens as ends, sampling goes on only after a placeholder.
     ends = [token for token in range(400) if token not in (VIDEO, IMAGE)]
     model.model.embed_tokens.weight.data[[VIDEO, IMAGE]] *= 3
-    out = generate(model, collate(sample), 200, 6, ends, [0], temperature=2.0)
+    out, _ = generate(model, collate(sample), 200, 6, ends, [0], temperature=2.0)
     emitted = ((out == VIDEO) | (out == IMAGE))[:, :, :-1]
     assert emitted.any()
     assert out.shape[2] > 1
@@ -957,7 +980,7 @@ def test_decoding_uses_the_cache_under_gradient_checkpointing(tiny_model):
     """
     _, _, model = tiny_model()
     prompts = collate(make_sample(model.config, *LONG))
-    free = generate(model, prompts, 3, 5, ENDS, [0])
+    free, _ = generate(model, prompts, 3, 5, ENDS, [0])
     rows = []
     decoder = model.decoder
 
@@ -967,7 +990,7 @@ def test_decoding_uses_the_cache_under_gradient_checkpointing(tiny_model):
 
     model.gradient_checkpointing = True
     model.decoder = watch
-    assert torch.equal(generate(model, prompts, 3, 5, ENDS, [0]), free)
+    assert torch.equal(generate(model, prompts, 3, 5, ENDS, [0])[0], free)
     # The prompt once, then one row a completion, its last token first.
     assert rows == [prompts.ids.shape[1]] + [3] * 5
 

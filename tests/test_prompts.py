@@ -623,7 +623,7 @@ def test_vision_features_only_in_the_prompts_placeholders(tiny_model, monkeypatc
         return torch.tensor([c.video_token_id, c.image_token_id]).repeat(len(logits) // 2)
 
     monkeypatch.setattr(g, "pick", pick)
-    said = g.generate(model, prompts, 2, 4, [396, 395], [0, 1])
+    said, _ = g.generate(model, prompts, 2, 4, [396, 395], [0, 1])
     assert said.tolist() == [[[c.video_token_id] * 4, [c.image_token_id] * 4]] * 2
     assert model(prompts, said).isfinite().all()
     assert torch.equal(model.embed_prompts(prompts).view(2, -1, 64), x)

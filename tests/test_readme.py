@@ -430,7 +430,7 @@ def test_rollout_fields():
     """The fields of rollouts.jsonl are those that rollout, judged and finished_rows write."""
     named = named_fields("| field of a prompt |") | named_fields("| field of a completion |")
     logged = written("grpo_video.py", "rollout", "judged", "finished_rows")
-    assert named == logged | {"kl", "entropy", "clip_ratio"}
+    assert named == logged | {"kl", "entropy", "clip_ratio", "logprob_gap_mean"}
 
 
 def test_evaluation_fields():

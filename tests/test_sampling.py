@@ -451,7 +451,7 @@ def prompts_of(model):
 def sample(model, samples, G=6, C=8, ends=(END, OTHER_END), seeds=None, **options):
     """-> completions [B, G, C] of these samples, seeded by their sample_id."""
     seeds = seeds or [s["sample_id"] for s in samples]
-    return g.generate(model, collate(*samples), G, C, list(ends), seeds, **options)
+    return g.generate(model, collate(*samples), G, C, list(ends), seeds, **options)[0]
 
 
 def distinct(completions):
@@ -485,7 +485,7 @@ def test_first_tokens_follow_the_scored_policy(toy, temperature):
     model.model.norm.weight.data *= 2
     prompts = collate(make_sample(model.config, 3, ("image", (1, 4, 4)), 2))
     V = model.config.text_config.vocab_size
-    tokens = g.generate(model, prompts, 20000, 1, [V - 1, V - 2], [1], temperature)
+    tokens, _ = g.generate(model, prompts, 20000, 1, [V - 1, V - 2], [1], temperature)
     counts = torch.bincount(tokens.flatten(), minlength=V)
 
     for T in (0.7, 1.0, 1.5):
@@ -499,7 +499,8 @@ def test_first_tokens_follow_the_scored_policy(toy, temperature):
 def drawn_and_scored(monkeypatch, model, prompts, G, C, ends, temperature=1.0):
     """-> completions [B, G, C] and two log-probs of each of their tokens.
 
-    The first is of the distribution that it was drawn from, the second as the forward scores it.
+    The first is of the distribution that it was drawn from, as generate returns it too; the second
+    as the forward scores it.
     """
     steps = []  # log-probs [B*G, V]
     pick = g.pick
@@ -509,9 +510,11 @@ def drawn_and_scored(monkeypatch, model, prompts, G, C, ends, temperature=1.0):
         return pick(logits, uniform, T, *rest)
 
     monkeypatch.setattr(g, "pick", watch)
-    out = g.generate(model, prompts, G, C, ends, range(len(prompts.ids)), temperature)
+    out, said = g.generate(model, prompts, G, C, ends, range(len(prompts.ids)), temperature)
     logp = torch.stack(steps, 1).view(*out.shape, -1)  # [B, G, C, V]
     drawn = logp.gather(-1, out[..., None])[..., 0]
+    mask = g.completion_mask(out, ends)
+    torch.testing.assert_close(said[mask], drawn[mask], atol=1e-5, rtol=0)
     with torch.no_grad():
         scored = model(prompts, out, temperature)
     return out, drawn, scored
@@ -713,31 +716,32 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "G, options",
+    "G, temperature",
     [
-        (2, dict(temperature=1.5)),
-        (2, dict(temperature=0)),
-        (16, dict(temperature=1.5)),
+        (2, 1.5),
+        (2, 0),
+        (16, 1.5),
     ],
     ids=str,
 )
-def test_a_token_can_be_a_cuda_graph(tiny_model, monkeypatch, G, options):
-    """The same tokens where a step's operations are recorded once and repeated, as on a GPU.
+def test_a_token_can_be_a_cuda_graph(tiny_model, monkeypatch, G, temperature):
+    """The same tokens and log-probs where a step is recorded once and repeated, as on a GPU.
 
     On the same memory: nothing in them depends on a Python number that changes, or is asked for by
     the host.
     """
     _, _, model = tiny_model()
-    samples = prompts_of(model)
-    options = options | dict(G=G, C=30, ends=list(range(40)))
-    expected = sample(model, samples, **options)
+    arguments = (model, collate(*prompts_of(model)), G, 30, list(range(40)), [1, 2, 3], temperature)
+    expected, expected_logp = g.generate(*arguments)
 
     sizes = watch_decoder(model)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", Recorded)
     monkeypatch.setattr(Recorded, "made", [], raising=False)
-    assert torch.equal(sample(model, samples, **options), expected)
+    found, logp = g.generate(*arguments)
+    assert torch.equal(found, expected)
+    assert torch.equal(logp, expected_logp)
 
     # The prompts, then a token at once and a token recorded; the rest is repeated.
     rows = 3 * G
@@ -813,7 +817,8 @@ def test_rollout_rewards_are_prompt_major(roll, monkeypatch):
     padded = [row + end * (C - len(row)) for row in ids[0] + ids[1]]
     completions = torch.tensor(padded).view(2, 4, C)
 
-    monkeypatch.setattr(g, "generate", lambda *args, **kwargs: completions)
+    logp = torch.zeros(completions.shape)
+    monkeypatch.setattr(g, "generate", lambda *args, **kwargs: (completions, logp))
     samples = [dict(make_sample(roll.config, 4, seed=i), gold=gold) for i, gold in enumerate("AB")]
     out = roll(samples)
     assert completions_of(out, "answer") == [["A", "B", "A", "C"], ["B", "B", "B", None]]
