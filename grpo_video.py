@@ -5,18 +5,19 @@ right or wrong, in plain PyTorch.
     torchrun --nproc_per_node=8 grpo_video.py    # the paper's recipe, Qwen2-VL-7B-Instruct
     python grpo_video.py --help                  # all flags
 
-A step, in the paper's order (`main` is this list):
+A step (`main` is this list):
 
     records    -> prompts: sampled frames, the observed image, the question and its choices
     rollout    -> G completions of each prompt from the policy
+    reference  -> log-probs of the completions under the frozen starting model
     reward     -> 1 if the answer's letter is right, else 0
     advantage  -> (r - mean) / (std + 1e-4) inside each group of G
-    reference  -> log-probs of the completions under the frozen starting model
     update     -> clipped policy gradient with a k3 KL penalty, AdamW on fp32 master weights
 
 Departures from the released run (why: docs/deviations.md): the prompt is computed once per group;
 several letters or an unmarked one score 0; choices are shuffled by (seed, epoch, sample_id);
-unreadable videos are reported, never replaced; --kl_clamp is off by default.
+unreadable videos are reported, never replaced; --kl_clamp is off by default. Not the paper's:
+--consistency_weight, GRPO-CARE's reward for answers that follow from their own thinking.
 
 Dimensions: B prompts, G completions of each, P prompt tokens, C completion tokens, N rows (tokens
 or patches), H heads, K key-value heads, E head width, D model width, V vocabulary, T frames.
@@ -135,10 +136,13 @@ class Config:
     max_completion_length: int = 256  # tokens of a completion at most, at least 1
     temperature: float = 1.0  # softmax temperature of the rollouts and of the log-probs, above 0
     format_reward_weight: float = 0.0  # of the form <think>…</think><answer>…</answer>, at least 0
+    consistency_weight: float = 0.0  # λ of consistency_bonus (GRPO-CARE); 0: none, at least 0
+    consistency_cap: float = 0.95  # what its p_answer is clipped at, above 0, at most 1
+    consistency_margin: float = 0.0  # by how much p_answer may miss the mean, at least 0
     scale_rewards: bool = True  # divide the advantages by their group's standard deviation
 
     # The loss
-    beta: float = 0.1  # weight of the KL penalty; 0 needs no reference model, at least 0
+    beta: float = 0.1  # weight of the KL penalty; 0: none, at least 0
     kl_clamp: float = 0.0  # bound on the KL's exponent; released run: 11, 0: none, at least 0
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # what it averages over: token_weights
     epsilon: float = 0.2  # lower clip of the ratio, above 0
@@ -212,6 +216,17 @@ def reward_of(text, gold, format_reward_weight, choices=()):
     return reward, answer
 
 
+def consistency_bonus(p_answer, right, weight, cap, margin):
+    """λ for a right completion whose answer follows from its own thinking, else 0 (GRPO-CARE, arXiv
+    2506.16141). p_answer and right [B, G] -> [B, G].
+
+    p_answer is the mean of π_ref(token | prompt, thinking) over the answer's tokens. Clipped at the
+    cap, it has to reach the mean of its group's right ones, less the margin; equal ones may round
+    apart by 1e-6."""
+    p = p_answer.clamp(max=cap).where(right, math.nan)  # NaN is in no mean and reaches none
+    return weight * (p >= p.nanmean(1, keepdim=True) - margin - 1e-6)
+
+
 def group_advantages(rewards, scale_rewards):
     """rewards [B, G] -> Â_g = (r_g - mean r) / (std r + 1e-4) inside each group, std unbiased; only
     centred if not scaled."""
@@ -271,22 +286,22 @@ def entropy_of(logits, log_z, targets):
 
 @dataclass
 class Group:
-    """A micro-batch: B prompts with G completions of each, and what the update computes of them."""
+    """A micro-batch: B prompts with G completions of each, and what a step computes of them."""
 
     prompts: "Prompts"
     completions: torch.Tensor  # [B, G, C] ids
     mask: torch.Tensor  # [B, G, C] bool, through the first end token
-    advantages: torch.Tensor  # [B, G]
-    rows: list  # of rollouts.jsonl, one a prompt
-    signal: float = 0.0  # Σ |Â| over all ranks; without it and without a KL nothing is learnt
+    samples: list  # one a prompt; a blank prompt has none
     sampled_logp: torch.Tensor = None  # [B, G, C], of the tokens as they were drawn
     ref_logp: torch.Tensor = None  # [B, G, C]
+    advantages: torch.Tensor = None  # [B, G]
+    p_answer_ref = bonus = None  # [B, G] each, with --consistency_weight
     old_logp: torch.Tensor = None  # [B, G, C]
     # group_loss adds, [B, G, C] each: logp, ratio, clip_ratio, kl, entropy, loss, weight.
 
 
-def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
-    """A micro-batch of samples -> Group of those that are readable, sampled and rewarded.
+def rollout(policy, samples, c, end_ids, step, device, dtype):
+    """A micro-batch of samples -> Group of those that are readable, with their completions.
 
     If none is, a blank prompt with nothing under its mask keeps this rank in step with the rest."""
     samples = [s for s in samples if "error" not in s]
@@ -303,40 +318,69 @@ def rollout(policy, samples, c, tokenizer, end_ids, step, device, dtype):
         c.temperature,
     )
     mask = completion_mask(completions, end_ids) & bool(samples)
+    return Group(prompts, completions, mask, samples, sampled_logp)
 
-    rows = []
-    for sample, group, lengths in zip(samples, completions.tolist(), mask.sum(-1).tolist()):
-        row = dict(
-            step=step + 1,
-            sample_id=sample["sample_id"],
-            prompt=sample["text"],
-            prompt_ids_len=len(sample["ids"]),
-            gold=sample["gold"],
-            completions=[],
+
+def judge(group, c, tokenizer, end_ids, step):
+    """Reads and rewards a group's completions: adds its advantages, and its rows of rollouts.jsonl.
+
+    The reference has scored them before, as the consistency bonus needs."""
+    rewards = 0.0 * group.mask.any(-1)  # [B, G]; a blank prompt's stay 0
+    p_answer = rewards.clone()
+    right = rewards > 0
+    group.rows = []
+
+    for b, sample in enumerate(group.samples):
+        completions = []
+        for g, keep in enumerate(group.mask[b]):
+            ids = group.completions[b, g, keep].tolist()
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            reward, answer = reward_of(
+                text, sample["gold"], c.format_reward_weight, sample["choices"]
+            )
+            completions.append(
+                dict(
+                    ids=ids,
+                    length=len(ids),
+                    truncated=ids[-1] not in end_ids,
+                    text=text,
+                    reward=reward,
+                    answer=answer,
+                )
+            )
+
+            rewards[b, g] = reward
+            right[b, g] = answer == sample["gold"]
+            if c.consistency_weight:
+                p = group.ref_logp[b, g, answer_tokens(ids, text, tokenizer)].exp()
+                p_answer[b, g] = p.mean().nan_to_num()  # 0 without an answer
+        group.rows.append(
+            dict(
+                step=step + 1,
+                sample_id=sample["sample_id"],
+                prompt=sample["text"],
+                prompt_ids_len=len(sample["ids"]),
+                gold=sample["gold"],
+                completions=completions,
+            )
         )
-        for ids, length in zip(group, lengths):
-            row["completions"].append(judged(ids[:length], sample, c, tokenizer, end_ids))
-        rows.append(row)
 
-    rewards = [[x["reward"] for x in row["completions"]] for row in rows]
-    rewards = torch.tensor(rewards or [[0.0] * c.num_generations], device=device)
-    advantages = group_advantages(rewards, c.scale_rewards)
-    signal = global_sums(signal=advantages.abs().sum())["signal"]
-    return Group(prompts, completions, mask, advantages, rows, signal, sampled_logp)
+    if c.consistency_weight:
+        group.p_answer_ref = p_answer
+        group.bonus = consistency_bonus(
+            p_answer, right, c.consistency_weight, c.consistency_cap, c.consistency_margin
+        )
+        rewards += group.bonus
+    group.advantages = group_advantages(rewards, c.scale_rewards)
 
 
-def judged(ids, sample, c, tokenizer, end_ids):
-    """A completion's ids, through its end token -> its entry in rollouts.jsonl, with its reward."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    reward, answer = reward_of(text, sample["gold"], c.format_reward_weight, sample["choices"])
-    return dict(
-        ids=ids,
-        length=len(ids),
-        truncated=ids[-1] not in end_ids,
-        text=text,
-        reward=reward,
-        answer=answer,
-    )
+def answer_tokens(ids, text, tokenizer):
+    """A completion's ids and text -> the places of the tokens with a character of its answer: what
+    stands behind the thinking between <answer> and </answer>, or the end where it is cut off."""
+    answer = re.search(r"(?s)<answer>(?!.*</think>)(.*?)(</answer>|\Z)|\Z", text)
+    ends = [len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True)) for t in range(len(ids))]
+    # A character is of the first token that ends behind it. No answer has none: (-1, -1).
+    return np.unique(np.searchsorted(ends, range(*answer.span(1)), side="right"))
 
 
 def rollout_model(model, dtype):
@@ -358,7 +402,7 @@ def update(model, optimizer, groups, c, totals, learning_rate):
         loss = 0.0
         for group in groups:
             # Without a KL, and without an advantage on any rank, there is no gradient to compute.
-            learns = c.beta > 0 or group.signal > 0
+            learns = c.beta > 0 or global_sums(signal=group.advantages.any())["signal"] > 0
             with torch.set_grad_enabled(learns):
                 part = group_loss(model, group, c, totals)
             if learns:
@@ -397,6 +441,10 @@ def group_loss(model, group, c, totals):
     return (group.weight * (per_token + c.beta * kl)).sum()
 
 
+# What the logs have of a completion's tokens as a mean.
+TOKEN_MEANS = ("kl", "entropy", "clip_ratio", "logprob_gap_mean")
+
+
 def finished_rows(group):
     """The group's rows of rollouts.jsonl with what the update computed, per completion: means over
     its tokens, and each token's log-ratio to the reference."""
@@ -404,14 +452,16 @@ def finished_rows(group):
     values = dict(
         logprob_gap_max=group.logprob_gap_mean.amax(-1),
         advantage=group.advantages,
+        bonus=group.bonus,
+        p_answer_ref=group.p_answer_ref,
         logprob_sum=(group.old_logp * group.mask).sum(-1),
     )
-    for key in ("kl", "entropy", "clip_ratio", "logprob_gap_mean"):
+    for key in TOKEN_MEANS:
         values[key] = (getattr(group, key) * group.mask).sum(-1) / group.mask.sum(-1)
 
     for b, row in enumerate(group.rows):
         for g, x in enumerate(row["completions"]):
-            x |= {key: value[b, g].item() for key, value in values.items()}
+            x |= {key: z[b, g].item() for key, z in values.items() if z is not None}
             if group.ref_logp is not None:
                 log_ratio = (group.old_logp - group.ref_logp)[b, g, : x["length"]]
                 x["log_ratio"] = [round(z, 4) for z in log_ratio.tolist()]
@@ -421,7 +471,7 @@ def finished_rows(group):
 def audit_rows(group):
     """The group's rows of audit.jsonl, one a completion: lists over its C tokens, those behind its
     end too, where mask is false."""
-    keys = "mask logp old_logp ref_logp ratio clip_ratio kl loss weight".split()
+    keys = "p_answer_ref bonus mask logp old_logp ref_logp ratio clip_ratio kl loss weight".split()
 
     for b, row in enumerate(group.rows):
         for g, x in enumerate(row["completions"]):
@@ -456,10 +506,13 @@ def rollout_metrics(rows):
         completion_length=lengths,
         frac_truncated=column("truncated"),
         frac_no_answer=[x["answer"] is None for x in xs],
-        logprob_gap_max=np.max(column("logprob_gap_max"), initial=0),
+        logprob_gap_max=max(column("logprob_gap_max"), default=0),
     )
-    for key in ("kl", "entropy", "clip_ratio", "logprob_gap_mean"):
+    for key in TOKEN_MEANS:
         columns[key] = np.repeat(column(key), lengths)  # of each token, its completion's mean
+    for key in ("bonus", "p_answer_ref"):
+        if key in chain(*xs):
+            columns[key] = column(key)
 
     # Without a readable sample on any rank there is no mean.
     means = {key: float(np.mean(values)) if rows else math.nan for key, values in columns.items()}
@@ -484,7 +537,8 @@ def main():
     tokenizer = load_tokenizer(source)
     end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model = load_trainable(c, source, device, dtype)
-    if c.beta > 0:
+    reference = None
+    if c.beta or c.consistency_weight:
         reference = load_model(source, device, dtype, partial(shard, device=device, dtype=dtype))
         reference.requires_grad_(False)
     dataset = VideoDataset(records, tokenizer, model.config, c)
@@ -510,20 +564,20 @@ def main():
         failed = [s for s in chain(*micro_batches) if "error" in s]
         lap(log, "time_data")
 
-        # Rollout, reward, advantage: G completions of each prompt at temperature T.
+        # Rollout: G completions of each prompt at temperature T.
         sampler = rollout_model(model, dtype)
         groups = [
-            rollout(sampler, samples, c, tokenizer, end_ids, step, device, dtype)
-            for samples in micro_batches
+            rollout(sampler, samples, c, end_ids, step, device, dtype) for samples in micro_batches
         ]
         del sampler  # under FSDP2 a copy of all weights
         lap(log, "time_rollout")
 
-        # Reference: log π_ref of the completions.
-        if c.beta > 0:
-            for group in groups:
+        # Reference, reward, advantage: log π_ref of the completions, then what they earn.
+        for group in groups:
+            if reference:
                 with torch.no_grad():
                     group.ref_logp = reference(group.prompts, group.completions, c.temperature)
+            judge(group, c, tokenizer, end_ids, step)
         lap(log, "time_ref")
 
         # Update: ratio, clip, KL, loss, backward, optimizer step. Its denominators are global.

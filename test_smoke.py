@@ -35,6 +35,7 @@ from grpo_video import (
     Prompts,
     VideoDataset,
     completion_mask,
+    consistency_bonus,
     generate,
     global_sums,
     group_advantages,
@@ -89,6 +90,31 @@ def test_group_advantages():
 
     # Without the division by the std: 1 - 1/4 and 0 - 1/4.
     assert group_advantages(rewards, False).tolist() == [[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]]
+
+
+def test_consistency_bonus():
+    """λ for the right ones whose clipped p reaches the mean of their group's right ones.
+
+    Or misses it by the margin at most. A wrong one gets nothing, and is in no mean.
+    """
+    p_answer = torch.tensor([[0.9, 0.5, 0.8, 0.99], [0.96, 0.98, 0.2, 0.1], [0.9, 0.9, 0.9, 0.9]])
+    right = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+
+    # 0.9, 0.5 and, clipped, 0.95 have the mean 0.783333; the second group's are a tie at the cap.
+    golden = [[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0, 0, 0]]
+    assert consistency_bonus(p_answer, right, 0.5, cap=0.95, margin=0.0).tolist() == golden
+
+    # 0.5 reaches 0.783333 - 0.3.
+    golden = [[0.5, 0.5, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0, 0, 0]]
+    assert consistency_bonus(p_answer, right, 0.5, cap=0.95, margin=0.3).tolist() == golden
+
+    # Unclipped, the means are 0.796667 and 0.97.
+    golden = [[2, 0, 0, 2], [0, 2, 0, 0], [0, 0, 0, 0]]
+    assert consistency_bonus(p_answer, right, 2.0, cap=1.0, margin=0.0).tolist() == golden
+
+    # Seven ties at the cap: their mean, in fp32, may lie above them.
+    ties = consistency_bonus(torch.full((1, 7), 0.99), torch.ones(1, 7).bool(), 1.0, 0.95, 0.0)
+    assert ties.tolist() == [[1.0] * 7]
 
 
 def test_k3_kl():
@@ -343,15 +369,15 @@ def test_update_moves_probability_to_the_rewarded_completion(tmp_path):
 
 
 def make_group(model, advantages, ref_logp=None):
-    """What rollout leaves for update: a prompt with a video, completions of 4, 2 and 3 tokens."""
+    """What judge leaves for update: a prompt with a video, completions of 4, 2 and 3 tokens."""
     sample = make_sample(model.config, 3, CLIP, 4)
     lengths = torch.tensor([4, 2, 3])
     return Group(
         prompts=collate(sample),
         completions=random_completions(1, 3, 4),
         mask=(torch.arange(4) < lengths[:, None])[None],  # [1, 3, 4]
+        samples=[],
         advantages=torch.tensor([advantages]),
-        rows=[],
         ref_logp=ref_logp,
     )
 
@@ -371,8 +397,6 @@ def run_update(model, groups, lr, optimizer=torch.optim.SGD, **changes):
     )
     c = SimpleNamespace(**settings | changes)
 
-    for group in groups:
-        group.signal = float(group.advantages.abs().sum())
     totals = global_sums(
         sequences=sum(group.mask.any(-1).sum() for group in groups),
         tokens=sum(group.mask.sum() for group in groups),
@@ -954,7 +978,7 @@ def copy_blocks(blocks, other):
 
 
 # ---- The scripts as text: can they be read? ------------------------------------------------------
-LARGEST = {"grpo_video.py": 13_750, "sft_video.py": 11_180, "eval_video.py": 12_180}  # tokens
+LARGEST = {"grpo_video.py": 14_080, "sft_video.py": 11_180, "eval_video.py": 12_210}  # tokens
 ALLOWED = {"nested comprehensions": 2, "two ideas in a pair": 3}  # of the rest none
 LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

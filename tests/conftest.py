@@ -4,6 +4,7 @@ A tiny random model in both implementations, and the toy's data with its untrain
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,11 @@ def toy(tmp_path_factory):
     All tests of a session share it: copy before you change anything in it.
     """
     return make_toy_folder(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The toy's base model, which is trained here if it is missing."""
+    if not (ROOT / "toy/model").exists():
+        subprocess.run([sys.executable, ROOT / "toy/make_toy.py"], check=True, timeout=1200)
+    return ROOT / "toy/model"

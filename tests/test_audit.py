@@ -12,18 +12,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
+import grpo_video as g
 from tools import frames
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# An untrained model earns nothing: here it is paid by the length of its text.
+# An untrained model earns nothing: here it is paid by the length of its text. An even one is right,
+# and the answer of each is its first token and its last.
 REWARDED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import grpo_video
-grpo_video.reward_of = lambda text, *others: (float(len(text) % 3), None)
+def reward_of(text, gold, weight, choices):
+    return float(len(text) % 3), None if len(text) % 2 else gold
+grpo_video.reward_of = reward_of
+grpo_video.answer_tokens = lambda ids, text, tokenizer: sorted({0, len(ids) - 1})
 grpo_video.main()
 """
 
@@ -109,10 +116,62 @@ def check_against_rollouts(completions, rollouts, beta):
             assert rollout["log_ratio"] == pytest.approx(apart[:length], abs=1e-4)
 
 
+def check_the_reference(toy, audit):
+    """ref_logp is the starting model's, here loaded and asked again, and the policy's is not."""
+    c = g.Config(model=str(toy / "init"), data_root=str(toy / "data"), max_frames=4, frame_size=60)
+    model = g.load_model(toy / "init", torch.device("cpu"), torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(toy / "init")
+    records = g.load_records(toy / "data/annotations/training_6k.jsonl", toy / "data")
+    dataset = g.VideoDataset(records, tokenizer, model.config, c)
+
+    samples = {}
+    for position in range(6):
+        sample = dataset[position]
+        samples[sample["sample_id"]] = sample
+    for x in audit:
+        prompts = g.Prompts.collate([samples[x["sample_id"]]], torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            logp = model(prompts, torch.tensor([[x["ids"]]]), 1.5)[0, 0]
+        torch.testing.assert_close(torch.tensor(x["ref_logp"]), logp, atol=1e-5, rtol=0)
+        apart = (torch.tensor(x["logp"]) - logp).abs().max()
+        assert (apart > 1e-3) == (x["step"] > 1)
+
+
+def check_the_bonus(audit, rollouts, weight):
+    """Bonus, p and advantage of each completion, from log π_ref and the rewards alone."""
+    columns = iter(audit)
+    given = 0
+    for row in rollouts:
+        xs = row["completions"]
+        p = []
+        for x in xs:
+            audited = next(columns)
+            ref_logp = audited["ref_logp"][: x["length"]]
+            answer = {0, x["length"] - 1}
+            p.append(sum(math.exp(ref_logp[t]) for t in answer) / len(answer))
+            for key in ("bonus", "p_answer_ref"):
+                assert audited[key] == x[key]
+        of_right = [min(z, 0.95) for z, x in zip(p, xs) if x["answer"] == row["gold"]]
+
+        rewards = []
+        for z, x in zip(p, xs):
+            right = x["answer"] == row["gold"]
+            bonus = weight if right and min(z, 0.95) >= sum(of_right) / len(of_right) else 0
+            assert x["bonus"] == pytest.approx(bonus)
+            assert x["p_answer_ref"] == pytest.approx(z, abs=1e-6)
+            rewards.append(x["reward"] + bonus)
+            given += bonus > 0
+        mean = sum(rewards) / len(xs)
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(xs) - 1))
+        golden = [(r - mean) / (std + 1e-4) for r in rewards]
+        assert [x["advantage"] for x in xs] == pytest.approx(golden, abs=1e-5)
+    assert 0 < given < len(audit)
+
+
 @pytest.mark.parametrize(
     "loss_type, beta, more",
     [
-        ("grpo", 0.5, ""),
+        ("grpo", 0.5, "--consistency_weight 0.7"),
         ("dapo", 0.0, "--num_iterations 3 --learning_rate 3e-2"),
         ("dr_grpo", 0.2, "--num_iterations 2 --learning_rate 1e-2 --gradient_accumulation_steps 2"),
     ],
@@ -120,7 +179,8 @@ def check_against_rollouts(completions, rollouts, beta):
 def test_a_loss_by_calculator(toy, tmp_path, monkeypatch, loss_type, beta, more):
     """audit.jsonl tells the loss of metrics.jsonl to 1e-6, of no more steps than asked for.
 
-    Each completion once; its mask, ratios, clips, KL, advantage and weights.
+    Each completion once; its mask, ratios, clips, KL, advantage and weights. Trap 21: what judges
+    the consistency of answers is the starting model, in every step.
     """
     out = tmp_path / "run"
     folders = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", out]
@@ -131,6 +191,10 @@ def test_a_loss_by_calculator(toy, tmp_path, monkeypatch, loss_type, beta, more)
     rollouts = rows(out / "rollouts.jsonl")
 
     assert {x["step"] for x in audit} == {1, 2}
+    if "consistency" in more:
+        check_the_reference(toy, audit)
+        check_the_bonus(audit, [row for row in rollouts if row["step"] < 3], 0.7)
+    assert ("bonus" in audit[0]) == ("bonus" in log[0]) == ("consistency" in more)
     for step in (1, 2):
         mine = [x for x in audit if x["step"] == step]
         check_against_rollouts(mine, [row for row in rollouts if row["step"] == step], beta)

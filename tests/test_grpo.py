@@ -7,6 +7,7 @@ numbers and the short version.
 import json
 import math
 import os
+import random
 import re
 import socket
 import subprocess
@@ -26,11 +27,13 @@ import grpo_video
 from grpo_video import (
     Config,
     Group,
+    answer_tokens,
     completion_mask,
     entropy_of,
     finished_rows,
     generate,
     group_advantages,
+    judge,
     k3_kl,
     learning_rate_at,
     load_model,
@@ -62,6 +65,7 @@ from test_smoke import (
     transformers_logits,
     transformers_logp,
 )
+from tools import analyze
 
 ENDS = [END, OTHER_END]
 LONG = (3, CLIP, 2, STILL, 5)  # the parts of a prompt, as make_sample takes them
@@ -72,6 +76,9 @@ SETTINGS = dict(
     temperature=1.0,
     seed=5,
     format_reward_weight=0.0,
+    consistency_weight=0.0,
+    consistency_cap=0.95,
+    consistency_margin=0.0,
     scale_rewards=True,
 )
 
@@ -452,7 +459,7 @@ def groups_of(parts, samples, completions, lengths, advantages, ref_logp):
             prompts=collate(*(samples[b] for b in part)),
             completions=completions[part],
             mask=mask[part],
-            rows=[],
+            samples=[],
             advantages=advantages[part],
             ref_logp=ref_logp[part],
         )
@@ -567,7 +574,8 @@ def test_an_empty_place_has_no_weight(tiny_model):
         model = load_model(folder, CPU, torch.float32)
         groups = groups_of([[0], [1]], *step_inputs(model))
         if empty:
-            nothing = rollout(model, [], settings, None, ENDS, 0, CPU, torch.float32)
+            nothing = rollout(model, [], settings, ENDS, 0, CPU, torch.float32)
+            judge(nothing, settings, None, ENDS, 0)
             nothing.ref_logp = torch.zeros(nothing.completions.shape)
             groups.insert(1, nothing)
         loss, norm = run_update(model, groups, 0.1, beta=0.1, loss_type="dapo")
@@ -670,9 +678,11 @@ class LetterTokenizer:
 
 
 def sampled(model, samples, step=0, **changes):
-    """rollout() of these samples, read by LetterTokenizer."""
+    """rollout() of these samples, read by LetterTokenizer and judged."""
     c = SimpleNamespace(**SETTINGS | changes)
-    return rollout(model, samples, c, LetterTokenizer(), ENDS, step, CPU, torch.float32)
+    group = rollout(model, samples, c, ENDS, step, CPU, torch.float32)
+    judge(group, c, LetterTokenizer(), ENDS, step)
+    return group
 
 
 def test_rewards_and_log_probs_stay_with_their_prompt(tiny_model):
@@ -809,6 +819,82 @@ def test_rollout_metrics():
 def test_reward(text, reward, answer):
     """The format's reward comes without the form, or the letter's without the letter."""
     assert reward_of(text, "B", 0.5) == (reward, answer)
+
+
+# ---- The consistency reward ----------------------------------------------------------------------
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SAID = [
+    "<think>it moves up</think><answer>C. move up</answer>",
+    "<think>it moves up</think><answer>C. mo",
+    "<think>up</think>\n<answer>\nC\n</answer>\n",
+    "<answer>A</answer><think>no</think><answer>B</answer> <answer>C</answer>",
+    "<answer>A</answer></think>",
+    "<think>up</think>C",
+    "<think>up</think><answer></answer>",
+    "<think><answer>B",
+    "<think>é</think><answer>B é 😀.</answer>",
+    "",
+]
+
+
+def test_the_answers_tokens_are_the_analysis(toy):
+    """Training and tools/analyze.py take different tokens for the answer.
+
+    Among the texts are tags that share a token with what they enclose, an answer that is cut off,
+    several of them, none, and characters of several tokens.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(toy / "init")
+    rng = random.Random(0)
+    mixed = ["".join(rng.choices([*TAGS, "B", " move up", "é", "\n"], k=8)) for _ in range(40)]
+    found = set()
+    for text in SAID + mixed:
+        ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
+        for stop in {len(ids), len(ids) - 2} - {-1, 0}:  # a whole one, and one cut off
+            text, places = analyze.token_places(tokenizer, ids[:stop])
+            _, section, _ = analyze.sections(text, None)
+            theirs = analyze.touching(places, section).nonzero()[:, 0].tolist()
+            assert answer_tokens(ids[:stop], text, tokenizer).tolist() == theirs, text
+            found.add(len(theirs))
+    assert len(found) > 5
+
+
+def test_the_bonus_by_hand(tiny_model, toy):
+    """The bonus goes to the wrong completions, into the logged reward, or misses the advantage.
+
+    p is the mean of π_ref over the answer's three tokens, of the whole group.
+    """
+    _, _, model = tiny_model()
+    tokenizer = AutoTokenizer.from_pretrained(toy / "init")
+    form = "<think>it moves {}</think><answer>{}. move {}</answer><|im_end|>"
+    said = [("up", "C", "up"), ("down", "C", "up"), ("up", "C", "up"), ("up", "B", "right")]
+    ids = torch.tensor([[tokenizer(form.format(*words)).input_ids for words in said]])
+    assert ids.shape == (1, 4, 9)
+
+    p_ref = torch.full((1, 4, 9), 0.5)
+    p_ref[0, :, 4:7] = torch.tensor([[0.9, 1, 1], [0.1, 1, 1], [0.75, 1, 1], [0.3, 0.9, 0.9]])
+    sample = make_sample(model.config, 4) | dict(gold="C")
+    mask = torch.ones(1, 4, 9, dtype=torch.bool)
+    group = Group(collate(sample), ids, mask, [sample], ref_logp=p_ref.log())
+    group.sampled_logp = group.old_logp = group.kl = group.entropy = torch.zeros(1, 4, 9)
+    group.clip_ratio = mask
+    c = SimpleNamespace(**SETTINGS | dict(consistency_weight=0.5, format_reward_weight=0.25))
+    judge(group, c, tokenizer, [tokenizer.eos_token_id], 0)
+
+    # Of the right ones p is 2.9/3, at the cap 0.95; 2.1/3 = 0.7; 2.75/3 = 0.916667: the mean is
+    # 0.855556. With the format's 0.25 the rewards are 1.75, 1.25, 1.75, 0.25: mean 1.25; squares of
+    # 0.25 + 0 + 0.25 + 1, over 3, make a standard deviation of 0.707107.
+    [row] = finished_rows(group)
+    xs = row["completions"]
+    assert [x["bonus"] for x in xs] == [0.5, 0, 0.5, 0]
+    assert [x["p_answer_ref"] for x in xs] == pytest.approx([2.9 / 3, 0.7, 2.75 / 3, 0.7])
+    assert [x["reward"] for x in xs] == [1.25, 1.25, 1.25, 0.25]
+    golden = [0.5 / 0.707207, 0, 0.5 / 0.707207, -1 / 0.707207]
+    assert [x["advantage"] for x in xs] == pytest.approx(golden, abs=1e-5)
+
+    means = rollout_metrics([row])
+    assert means["bonus"] == 0.25
+    assert means["p_answer_ref"] == pytest.approx((2.9 + 2.1 + 2.75 + 2.1) / 12)
+    assert means["reward"] == 1.0
 
 
 # ---- The other traps -----------------------------------------------------------------------------

@@ -123,6 +123,37 @@ def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):
     assert difference(one, many) < 1e-5
 
 
+@pytest.mark.slow
+def test_ranks_change_no_bonus(toy, base, tmp_path):
+    """A sharded reference judges the consistency of answers as a whole one does.
+
+    The toy's base model has chains of thought to be judged. Same rollouts, bonuses and weights.
+    """
+    one = tmp_path / "one"
+    many = tmp_path / "many"
+    more = "--max_steps 3 --beta 0 --consistency_weight 0.5 --max_completion_length 12".split()
+    flags = [*more, "--model", base, "--learning_rate", "2e-4"]
+
+    wait_for_one = start(toy, "grpo_video.py", one, *flags, *batch(2, 2))
+    run(toy, "grpo_video.py", many, *flags, *batch(1, 2), ranks=2)
+    wait_for_one()
+
+    found = {}
+    for folder in (one, many):
+        found[folder] = {}
+        for row in rows(folder / "rollouts.jsonl"):
+            for i, x in enumerate(row["completions"]):
+                found[folder][row["step"], row["sample_id"], i] = x
+    assert len(found[one]) == 3 * 4 * 4
+    assert found[one].keys() == found[many].keys()
+    for place, x in found[one].items():
+        y = found[many][place]
+        assert (x["ids"], x["bonus"]) == (y["ids"], y["bonus"])
+        assert x["p_answer_ref"] == pytest.approx(y["p_answer_ref"], abs=1e-5)
+    assert {x["bonus"] for x in found[one].values()} == {0, 0.5}
+    assert difference(one, many) < 1e-5
+
+
 @pytest.mark.parametrize(
     "script", ["grpo_video.py", pytest.param("sft_video.py", marks=pytest.mark.slow)]
 )

@@ -753,14 +753,16 @@ def test_a_token_can_be_a_cuda_graph(tiny_model, monkeypatch, G, temperature):
 # ---- rollout -------------------------------------------------------------------------------------
 @pytest.fixture
 def roll(toy):
-    """roll(samples, step=0, **changes of Config) -> rollout of the toy's untrained model."""
+    """roll(samples, step=0, **changes of Config) -> judged rollout of the toy's untrained model."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "init")
     model = g.load_model(toy / "init", CPU, torch.float32)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
 
     def run(samples, step=0, **changes):
         c = g.Config(**dict(num_generations=4, max_completion_length=6) | changes)
-        return g.rollout(model, samples, c, tokenizer, ends, step, CPU, torch.float32)
+        group = g.rollout(model, samples, c, ends, step, CPU, torch.float32)
+        g.judge(group, c, tokenizer, ends, step)
+        return group
 
     run.tokenizer = tokenizer
     run.config = model.config

@@ -39,14 +39,6 @@ def accuracies(folder):
     }
 
 
-@pytest.fixture
-def base():
-    """The toy's base model, built if it is missing."""
-    if not (ROOT / "toy/model").exists():
-        run("toy/make_toy.py", limit=1200)  # it is trained here
-    return ROOT / "toy/model"
-
-
 def metrics(folder):
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
