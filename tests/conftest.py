@@ -15,8 +15,9 @@ from pebble import ProcessPool
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Matrices this small lose more to a second thread than they gain, in subprocesses too.
-os.environ |= dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+# Matrices this small lose more to a second thread than they gain, in subprocesses too. A model that
+# is no folder is not looked for on the hub, which would be asked again and again without a network.
+os.environ |= dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 torch.set_num_threads(1)
 
 from test_smoke import make_tiny, make_toy_folder  # noqa: E402

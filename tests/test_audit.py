@@ -261,6 +261,7 @@ def test_the_readmes_step(tmp_path):
     assert loss == pytest.approx(log[step - 1]["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_analyze_through_the_script(toy, tmp_path):
     """tools/analyze.py writes rows and pictures, and keeps all that the summary held without."""
     out = tmp_path / "out"

@@ -239,6 +239,7 @@ def running(pid):
     return status.rpartition(") ")[2][0] != "Z"
 
 
+@pytest.mark.slow
 def test_no_decoder_outlives_a_killed_run(toy, tmp_path):
     """A run that is killed by SIGKILL, and so can end nothing itself, leaves decoders behind."""
     out = tmp_path / "run"

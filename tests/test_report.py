@@ -857,6 +857,7 @@ def test_screenshot(browser, page, tmp_path, scheme, background):
     assert 0.2 < share < 0.98
 
 
+@pytest.mark.slow
 def test_ten_thousand_rollouts_open_in_3_seconds(browser, tmp_path):
     """10,000 prompts with 8 completions each: from the click until the first page is drawn.
 
