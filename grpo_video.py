@@ -163,7 +163,7 @@ class Config:
     per_device_train_batch_size: int = 1  # prompts (TRL counts completions), at least 1
     gradient_accumulation_steps: int = 1  # micro-batches of a step, at least 1
     gradient_checkpointing: bool = True  # recompute layers in the backward pass; rollouts never do
-    offload_optimizer: bool = False  # on a GPU: master weights and AdamW in host memory
+    offload_optimizer: bool = False  # on a GPU: reference, masters and AdamW in host memory
     seed: int = 42  # of the data order, the drawn choices and the rollouts, at least 0
     dataloader_num_workers: int = 2  # processes that decode ahead; 0: none, at least 0
     decode_timeout: float = 60.0  # seconds after which decoding a sample is given up, above 0
@@ -536,10 +536,10 @@ def main():
     source = find_model(c.model)
     tokenizer = load_tokenizer(source)
     end_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    model = load_trainable(c, source, device, dtype)
+    model = load_sharded(c, source, device, dtype)
     reference = None
     if c.beta or c.consistency_weight:
-        reference = load_model(source, device, dtype, partial(shard, device=device, dtype=dtype))
+        reference = load_sharded(c, source, device, dtype, weights_dtype=dtype)
         reference.requires_grad_(False)
     dataset = VideoDataset(records, tokenizer, model.config, c)
     dataset.check_lengths(c.max_prompt_length)
@@ -1629,12 +1629,12 @@ def rank_batches(total, steps, B, accumulation):
     return batches
 
 
-def load_trainable(c, source, device, dtype):
-    """The model to train, its fp32 master weights sharded over the ranks. With --offload_optimizer
-    they stay in host memory, where the optimizer steps."""
+def load_sharded(c, source, device, dtype, weights_dtype=torch.float32):
+    """A model sharded over the ranks; to train it, its weights are fp32 masters. They stay in host
+    memory with --offload_optimizer, and the optimizer steps there."""
     weights_device = torch.device("cpu") if c.offload_optimizer else device
     wrap = partial(shard, device=device, dtype=dtype, offload=c.offload_optimizer)
-    model = load_model(source, weights_device, torch.float32, wrap)
+    model = load_model(source, weights_device, weights_dtype, wrap)
     model.gradient_checkpointing = c.gradient_checkpointing
     model.visual.requires_grad_(not c.freeze_vision)
     return model

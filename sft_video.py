@@ -281,7 +281,7 @@ def main():
     records, missing = with_media(load_records(annotations, root, parse), c.skip_missing)
     source = find_model(c.model)
     tokenizer = load_tokenizer(source)
-    model = load_trainable(c, source, device, dtype)
+    model = load_sharded(c, source, device, dtype)
     VideoDataset(records, tokenizer, model.config, c).check_lengths(c.max_length)
     prepare = partial(
         supervise, tokenizer=tokenizer, config=model.config, device=device, dtype=dtype
@@ -1176,12 +1176,12 @@ def rank_batches(total, steps, B, accumulation):
     return batches
 
 
-def load_trainable(c, source, device, dtype):
-    """The model to train, its fp32 master weights sharded over the ranks. With --offload_optimizer
-    they stay in host memory, where the optimizer steps."""
+def load_sharded(c, source, device, dtype, weights_dtype=torch.float32):
+    """A model sharded over the ranks; to train it, its weights are fp32 masters. They stay in host
+    memory with --offload_optimizer, and the optimizer steps there."""
     weights_device = torch.device("cpu") if c.offload_optimizer else device
     wrap = partial(shard, device=device, dtype=dtype, offload=c.offload_optimizer)
-    model = load_model(source, weights_device, torch.float32, wrap)
+    model = load_model(source, weights_device, weights_dtype, wrap)
     model.gradient_checkpointing = c.gradient_checkpointing
     model.visual.requires_grad_(not c.freeze_vision)
     return model

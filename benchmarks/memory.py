@@ -134,11 +134,11 @@ def make_samples(c, config):
 def load(script, c, config, device, dtype):
     """-> (model, reference, optimizer) as the script's main makes them; no file is read."""
     with patch.object(script, "load_model", partial(make_model, script, config)):
-        model = script.load_trainable(c, None, device, dtype)
+        model = script.load_sharded(c, None, device, dtype)
         reference = None
         if getattr(c, "beta", 0) > 0:
-            wrap = partial(script.shard, device=device, dtype=dtype)
-            reference = script.load_model(None, device, dtype, wrap).requires_grad_(False)
+            reference = script.load_sharded(c, None, device, dtype, weights_dtype=dtype)
+            reference.requires_grad_(False)
 
     # As where a GPU is, even if this one is only pretended.
     with patch("torch.cuda.is_available", lambda: device.type != "cpu"):

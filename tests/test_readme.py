@@ -391,6 +391,8 @@ def test_memory():
     rows = {(model, gpus, flags): cells for model, gpus, flags, *cells in table("| model | GPUs |")}
     at_rest, rollout, reference, update, peak, host, card = rows["7b", "8", ""]
     assert f"takes **{peak} GiB** of each GPU" in README
+    offloaded = rows["7b", "1", "`--offload_optimizer`"][4]
+    assert f"**{offloaded} GiB** with `--offload_optimizer`, as on one GPU" in README
     params = 8_291_375_616
     assert at_rest == f"{(4 + 8 + 2) * params / 8 / 2**30:.2f}"
 
