@@ -891,9 +891,6 @@ class Qwen2VL(nn.Module):
     def embed_prompts(self, prompts):
         """-> [B*P, D]; vision features go only to the prompts' own placeholders (trap 12)."""
         x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
-        if not prompts.grids:
-            return x
-
         features = self.visual(prompts.patches, prompts.grids, self.run)
         images = prompts.ids == self.config.image_token_id
         videos = prompts.ids == self.config.video_token_id
@@ -1123,6 +1120,12 @@ class Prompts(types.SimpleNamespace):
         mean = torch.tensor([[0.48145466], [0.4578275], [0.40821073]], device=device)
         std = torch.tensor([[0.26862954], [0.26130258], [0.27577711]], device=device)
         patches = torch.cat([s["patches"] for s in samples]).to(device)
+        grids = list(chain(*(s["grids"] for s in samples)))
+        if not grids:
+            # The vision tower's shards are gathered by all ranks: one whose batch is text alone
+            # sends it a blank, which no placeholder takes.
+            patches = patches.new_zeros(MERGE**2, 3 * PAIR * PATCH**2)
+            grids = [(1, MERGE, MERGE)]
         patches = patches.unflatten(1, (3, -1)) / 255  # [N, channel, 2 frames * 14 * 14]
         patches = ((patches - mean) / std).flatten(1).to(dtype)
 
@@ -1134,7 +1137,7 @@ class Prompts(types.SimpleNamespace):
             lengths=torch.tensor([len(z) for z in tokens], device=device),
             runs=run_lengths(len(z) - 1 for z in tokens),
             patches=patches,
-            grids=list(chain(*(s["grids"] for s in samples))),
+            grids=grids,
         )
 
 

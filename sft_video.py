@@ -182,7 +182,7 @@ TOY = dict(
 # ------------------------------------------------------------------------------------------------
 
 
-def supervise(samples, tokenizer, config, device, dtype):
+def supervise(samples, tokenizer, device, dtype):
     """B samples -> (prompts, responses [B, 1, C] ids, mask [B, 1, C]): the response's own tokens
     and the <|im_end|> behind it are supervised, nothing else.
 
@@ -202,7 +202,7 @@ def supervise(samples, tokenizer, config, device, dtype):
     rows = rows or [torch.tensor([end])]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)[:, None]
     mask = torch.arange(ids.shape[2]) < lengths[:, None, None]
-    prompts = Prompts.collate(samples or [blank_sample(config)], device, dtype)
+    prompts = Prompts.collate(samples or [blank_sample()], device, dtype)
     return prompts, ids.to(device), mask.to(device)
 
 
@@ -283,9 +283,7 @@ def main():
     tokenizer = load_tokenizer(source)
     model = load_sharded(c, source, device, dtype)
     VideoDataset(records, tokenizer, model.config, c).check_lengths(c.max_length)
-    prepare = partial(
-        supervise, tokenizer=tokenizer, config=model.config, device=device, dtype=dtype
-    )
+    prepare = partial(supervise, tokenizer=tokenizer, device=device, dtype=dtype)
 
     # The file's last rows are held out, if eval_every asks for them.
     held_out = c.eval_rows if c.eval_every else 0
@@ -446,9 +444,6 @@ class Qwen2VL(nn.Module):
     def embed_prompts(self, prompts):
         """-> [B*P, D]; vision features go only to the prompts' own placeholders (trap 12)."""
         x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
-        if not prompts.grids:
-            return x
-
         features = self.visual(prompts.patches, prompts.grids, self.run)
         images = prompts.ids == self.config.image_token_id
         videos = prompts.ids == self.config.video_token_id
@@ -678,6 +673,12 @@ class Prompts(types.SimpleNamespace):
         mean = torch.tensor([[0.48145466], [0.4578275], [0.40821073]], device=device)
         std = torch.tensor([[0.26862954], [0.26130258], [0.27577711]], device=device)
         patches = torch.cat([s["patches"] for s in samples]).to(device)
+        grids = list(chain(*(s["grids"] for s in samples)))
+        if not grids:
+            # The vision tower's shards are gathered by all ranks: one whose batch is text alone
+            # sends it a blank, which no placeholder takes.
+            patches = patches.new_zeros(MERGE**2, 3 * PAIR * PATCH**2)
+            grids = [(1, MERGE, MERGE)]
         patches = patches.unflatten(1, (3, -1)) / 255  # [N, channel, 2 frames * 14 * 14]
         patches = ((patches - mean) / std).flatten(1).to(dtype)
 
@@ -689,7 +690,7 @@ class Prompts(types.SimpleNamespace):
             lengths=torch.tensor([len(z) for z in tokens], device=device),
             runs=run_lengths(len(z) - 1 for z in tokens),
             patches=patches,
-            grids=list(chain(*(s["grids"] for s in samples))),
+            grids=grids,
         )
 
 
@@ -1220,14 +1221,12 @@ def gathered(tensor, dtype):
     return tensor.to(tensor.device_mesh.device_type).full_tensor()
 
 
-def blank_sample(config):
-    """A vision token and a word: what a rank without a sample computes, with weight zero, so that
-    no other waits for it."""
-    frames = torch.zeros(PAIR, PATCH * MERGE, PATCH * MERGE, 3, dtype=torch.uint8)
-    patches, grid = to_patches(frames)
-    ids = [config.image_token_id, 0]
-    positions = mrope_positions(ids, [grid], config)
-    return dict(ids=torch.tensor(ids), positions=positions, patches=patches, grids=[grid])
+def blank_sample():
+    """Two words: what a rank without a sample computes, with weight zero, so that no other waits
+    for it."""
+    ids = torch.zeros(2, dtype=torch.long)
+    patches = torch.empty(0, 3 * PAIR * PATCH**2, dtype=torch.uint8)
+    return dict(ids=ids, positions=ids.expand(3, -1), patches=patches, grids=[])
 
 
 def global_sums(**values):

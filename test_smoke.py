@@ -416,7 +416,7 @@ def test_supervised_tokens(toy):
     [samples] = load_batches(dataset, [[0, 1]], 0)
     samples[1]["response"] = "<answer>B"
 
-    prompts, responses, mask = supervise(samples, tokenizer, config, CPU, torch.float32)
+    prompts, responses, mask = supervise(samples, tokenizer, CPU, torch.float32)
     supervised = []
     for row, keep in zip(responses[:, 0], mask[:, 0]):
         supervised.append([tokenizer.decode(token) for token in row[keep]])

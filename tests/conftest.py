@@ -3,9 +3,12 @@
 A tiny random model in both implementations, and the toy's data with its untrained model.
 """
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,58 @@ def base():
     if not (ROOT / "toy/model").exists():
         subprocess.run([sys.executable, ROOT / "toy/make_toy.py"], check=True, timeout=1200)
     return ROOT / "toy/model"
+
+
+@pytest.fixture
+def on_ranks(tmp_path_factory):
+    """on_ranks(script, words, ranks=2, **more) -> [(exit code, stdout, stderr)], one a rank.
+
+    The main() of a script in so many processes, as torchrun starts them, with `more` in their
+    environment. They are forked, so none imports torch anew: a second in place of eight.
+    """
+
+    def run(script, words, ranks=2, **more):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        folder = tmp_path_factory.mktemp("ranks")
+        context = multiprocessing.get_context("fork")
+        processes = []
+        for rank in range(ranks):
+            environment = dict(RANK=rank, WORLD_SIZE=ranks, LOCAL_RANK=rank)
+            environment |= dict(MASTER_ADDR="localhost", MASTER_PORT=port) | more
+            arguments = (script, words, environment, folder / str(rank))
+            processes.append(context.Process(target=be_a_rank, args=arguments))
+            processes[-1].start()
+
+        ends = []
+        for rank, process in enumerate(processes):
+            process.join(timeout=100)
+            process.kill()  # where it hangs
+            out, err = ((folder / f"{rank}.{name}").read_text() for name in ("out", "err"))
+            ends.append((process.exitcode, out, err))
+        return ends
+
+    return run
+
+
+def be_a_rank(script, words, environment, output):
+    """In a forked process: sets what a script reads at its import, and runs its main()."""
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    script.RANK = environment["RANK"]
+    script.LOCAL_RANK = environment["LOCAL_RANK"]
+    script.WORLD = script.LOCAL_WORLD = environment["WORLD_SIZE"]
+    script.RESTARTS = environment.get("TORCHELASTIC_RESTART_COUNT", 0)
+
+    sys.argv = [script.__file__, *map(str, words)]
+    sys.stdout = open(f"{output}.out", "w", buffering=1)
+    sys.stderr = open(f"{output}.err", "w", buffering=1)
+    code = 1
+    try:
+        script.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+    os._exit(code)  # without what pytest has registered to be done at its own end

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import sft_video
+
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | dict(OMP_NUM_THREADS="1")
 
@@ -152,6 +154,41 @@ def test_ranks_change_no_bonus(toy, base, tmp_path):
         assert x["p_answer_ref"] == pytest.approx(y["p_answer_ref"], abs=1e-5)
     assert {x["bonus"] for x in found[one].values()} == {0, 0.5}
     assert difference(one, many) < 1e-5
+
+
+def rows_without_media(toy, path):
+    """Writes 16 chat rows: two with video and image, two with an image, twelve of text alone."""
+    lines = (toy / "data/annotations/training_with_cot_6k.jsonl").read_text().splitlines()
+    with open(path, "w") as f:
+        for n, row in enumerate(map(json.loads, lines[:16])):
+            content = row["prompt"][0]["content"]
+            kept = ("video", "image", "text")[min(n // 2, 2) :]
+            row["prompt"][0]["content"] = [x for x in content if x["type"] in kept]
+            f.write(json.dumps(row) + "\n")
+    return path
+
+
+def test_rows_without_media(toy, tmp_path, on_ranks):
+    """A rank whose rows are text alone skips the vision tower, and the others wait for it.
+
+    Its shards are gathered by all ranks. Two ranks must give what one gives, with micro-batches and
+    a whole step without any picture among them.
+    """
+    annotations = rows_without_media(toy, tmp_path / "rows.jsonl")
+    common = ["--model", toy / "init", "--data_root", toy / "data", "--annotations", annotations]
+    common += [*FLAGS, "--learning_rate", "2e-4"]
+    for ranks, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        flags = ["--output_dir", out, *batch(1, 4 // ranks)]
+        for code, _, err in on_ranks(sft_video, [*common, *flags], ranks):
+            assert code == 0, err
+
+    log = rows(tmp_path / "one/metrics.jsonl")
+    log_of_two = rows(tmp_path / "two/metrics.jsonl")
+    assert len(log) == len(log_of_two) == 4
+    for a, b in zip(log, log_of_two):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["tokens"] == b["tokens"]
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_held_out_loss(toy, tmp_path, monkeypatch):
     dataset = s.VideoDataset(records, tokenizer, model.config, settings, shuffle=False)
     samples = [dataset[i] for i in range(6)]
     with torch.no_grad():
-        batch = s.supervise(samples, tokenizer, model.config, CPU, torch.float32)
+        batch = s.supervise(samples, tokenizer, CPU, torch.float32)
         expected, _ = s.cross_entropy(model, *batch, int(batch[2].sum()))
     assert rows[1]["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
 
