@@ -64,7 +64,6 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from pebble import CONSTS, ProcessExpired, ProcessPool
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -1251,13 +1250,23 @@ def learning_rate_at(c, step, steps):
 
 
 def make_optimizer(c, model, checkpoint):
-    """AdamW on the master weights; model and moments go on from the checkpoint, if there is one."""
+    """AdamW on the master weights; model and moments go on from the checkpoint, if there is one.
+
+    All moments exist from the start, as torch would make them at a parameter's first gradient: a
+    checkpoint has them even if no gradient has come yet, as to a vision tower that is frozen."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         c.learning_rate,
         weight_decay=c.weight_decay,
         fused=torch.cuda.is_available(),
     )
+    for p in model.parameters():
+        optimizer.state[p] = dict(
+            step=torch.zeros((), device=p.device),
+            exp_avg=torch.zeros_like(p),
+            exp_avg_sq=torch.zeros_like(p),
+        )
+
     if checkpoint:
         reader = dcp.HuggingFaceStorageReader(str(checkpoint / "resume"))
         dcp.load(training_state(model, optimizer), storage_reader=reader)
@@ -1465,12 +1474,12 @@ def save_checkpoint(c, step, model, optimizer, source):
 
 
 def training_state(model, optimizer):
-    """{name: tensor}: weights, moments, step counts, all that training goes on from; zero moments
-    before the first step."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    state = {name: z for name, z in (weights | moments).items() if isinstance(z, torch.Tensor)}
-    return {name: z if z.dim() else z.view(1) for name, z in state.items()}
+    """{name: tensor}: weights, moments, step counts, all that training goes on from."""
+    state = model.state_dict()
+    for name, p in model.named_parameters():
+        for key, z in optimizer.state[p].items():
+            state[f"state.{name}.{key}"] = z if z.dim() else z.view(1)
+    return state
 
 
 def save_model(model, folder, source):
