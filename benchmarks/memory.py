@@ -377,7 +377,7 @@ def print_row(c, found, last):
     flags = []
     for field in fields(g.Config):
         value = getattr(c, field.name)
-        if value is not field.default:
+        if value != field.default:
             word = f"--no_{field.name}" if value is False else f"--{field.name}"
             flags.append(f"`{word}`" if isinstance(value, bool) else f"`{word} {value}`")
 
