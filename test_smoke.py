@@ -729,10 +729,12 @@ def transformers_pixels(patches):
 
 
 def transformers_logits(hf, samples, completions, **more):
-    """-> [B, G, C, V], the logits that predict each completion token."""
+    """-> [B, G, C, V], the logits that predict each completion token, fp32 on the host."""
     B, G, C = completions.shape
     hf.model.rope_deltas = None  # transformers would keep the last call's
-    logits = hf(**transformers_inputs(hf.config, samples, completions), **more).logits
+    inputs = transformers_inputs(hf.config, samples, completions)
+    inputs = {name: z.to(hf.device) for name, z in inputs.items()}
+    logits = hf(**inputs, **more).logits.float().cpu()
 
     # A token is predicted by the one before it, the first by the prompt's last.
     last = torch.tensor([len(s["ids"]) - 1 for s in samples]).repeat_interleave(G)
