@@ -29,6 +29,8 @@ blocks that several scripts share: answers, sampling, Qwen2-VL, records and fram
 
 import argparse
 import collections
+import difflib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -134,7 +136,7 @@ class Config:
     decode_timeout: float = 60.0  # seconds after which decoding a sample is given up, above 0
 
     # What it writes
-    output_dir: str = ""  # default: runs/eval-<the model folder's name>
+    output_dir: str = ""  # default: runs/eval-<the model's folder>, of a checkpoint its run's too
     save_cot: str = ""  # file for right responses, shortest first: training rows for sft_video.py
     cot_per_question: int = 1  # responses of a question that save_cot keeps, at least 1
     compare: list[str] = field(default_factory=list)  # evaluated folders to print as one table
@@ -388,6 +390,12 @@ def shuffle_frames(sample):
 # ------------------------------------------------------------------------------------------------
 
 
+def folder_of(c):
+    """--output_dir, or runs/eval-<the model folder's name>: a checkpoint's behind its run's."""
+    name = re.search(r"[^/]+(/checkpoint-\d+)?$", str(Path(c.model).resolve()))[0]
+    return Path(c.output_dir or f"runs/eval-{name.replace('/', '-')}")
+
+
 def open_split(folder, split, settings, records):
     """-> (path, ids) of the rows that are there already, graded anew, as a file has one grader.
     Another model's, or by other data or settings, are an error."""
@@ -398,7 +406,7 @@ def open_split(folder, split, settings, records):
         before = json.loads(settings_path.read_text())
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
-            where = f"--output_dir {folder}: its {split} has"
+            where = f"--output_dir {folder} (remove it, or give another): its {split} has"
             fail(*(f"{where} {key} {before.get(key)!r}, not {settings[key]!r}" for key in changed))
 
         choices = {r["sample_id"]: choose(r, settings["seed"], 0)[0] for r in records}
@@ -530,12 +538,15 @@ def main():
     c.do_sample = c.do_sample or c.num_samples > 1  # K greedy responses would be one
     device, dtype = set_up(c.toy)
     root = Path(c.data_root)
+    if not os.access(Path(c.save_cot).parent, os.W_OK):
+        fail(f"--save_cot {c.save_cot}: its folder is missing, or nothing can be written there")
 
     # The questions and the model.
     tiers = [split for split in c.splits if split != "LVB"]
-    there = sorted(path.stem for path in root.glob("annotations/*.jsonl"))
-    if there and {*tiers} - {*there}:
-        fail(f"--splits {' '.join(tiers)}: {root}/annotations has {' '.join(there)}")
+    there = [path.stem for path in root.glob("annotations/*.jsonl")] or tiers
+    for split in {*tiers} - {*there}:
+        close = difflib.get_close_matches(split, there) or there
+        fail(f"--splits {split}: not in {root}/annotations; did you mean {' or '.join(close)}?")
     splits = {split: load_records(root / f"annotations/{split}.jsonl", root) for split in tiers}
     if c.longvideobench:
         splits["LVB"] = load_longvideobench(Path(c.longvideobench))
@@ -551,7 +562,8 @@ def main():
     for records in splits.values():
         dataset = VideoDataset(records, tokenizer, model.config, c)
         dataset.check_lengths(model.config.text_config.max_position_embeddings)
-    folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
+    folder = folder_of(c)
+    lock(folder)
     settings = {key: getattr(c, key) for key in DECIDING}
     settings["model_sha256"] = weights_hash(source)
 
@@ -1050,8 +1062,7 @@ class VisionBlock(nn.Module):
         """x [N, D]; slices: (count, size) of runs of temporal slices."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1))
         q, k, v = qkv.unbind(1)  # [N, H, E] each
-        q = rotate(q.float(), cos, sin).to(v.dtype)
-        k = rotate(k.float(), cos, sin).to(v.dtype)
+        q, k = (rotate(z.float(), cos, sin).to(v.dtype) for z in (q, k))
 
         out = []
         rows = [count * size for count, size in slices]
@@ -1119,13 +1130,11 @@ class Prompts(types.SimpleNamespace):
 
         mean = torch.tensor([[0.48145466], [0.4578275], [0.40821073]], device=device)
         std = torch.tensor([[0.26862954], [0.26130258], [0.27577711]], device=device)
-        patches = torch.cat([s["patches"] for s in samples]).to(device)
-        grids = list(chain(*(s["grids"] for s in samples)))
-        if not grids:
-            # The vision tower's shards are gathered by all ranks: one whose batch is text alone
-            # sends it a blank, which no placeholder takes.
-            patches = patches.new_zeros(MERGE**2, 3 * PAIR * PATCH**2)
-            grids = [(1, MERGE, MERGE)]
+        # All ranks gather the vision tower's shards: a batch of text alone sends it a blank, which
+        # no placeholder takes.
+        grids = list(chain(*(s["grids"] for s in samples))) or [(1, MERGE, MERGE)]
+        blank = torch.zeros(MERGE**2, 3 * PAIR * PATCH**2)
+        patches = torch.cat([s["patches"] for s in samples if s["grids"]] or [blank]).to(device)
         patches = patches.unflatten(1, (3, -1)) / 255  # [N, channel, 2 frames * 14 * 14]
         patches = ((patches - mean) / std).flatten(1).to(dtype)
 
@@ -1631,14 +1640,19 @@ def parse_config(config_class, toy_presets, argv=None):
     parser.error = fail
     if "--toy" in (argv or sys.argv):
         parser.set_defaults(**toy_presets)
-    config = config_class(**vars(parser.parse_args(argv)))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], comments) or ["help"]
+        fail(f"no such flag: {' '.join(unknown)}; did you mean --{' or --'.join(close)}?")
+    config = config_class(**vars(known))
 
     problems = []
     holds = {"above": operator.gt, "at least": operator.ge, "at most": operator.le}
     for name, comment in comments.items():
         value = getattr(config, name)
-        limits = re.findall(r"(above|at least|at most) (-?\d+)", comment)
-        for word, limit in limits if value is not None else []:
+        if value == getattr(config_class, name, None):
+            continue  # a default need not hold them
+        for word, limit in re.findall(r"(above|at least|at most) (-?\d+)", comment):
             if not (holds[word](value, int(limit)) and value < math.inf):
                 problems.append(f"--{name} {value}: must be a number {word} {limit}")
     if problems:
@@ -1651,29 +1665,49 @@ def set_up(toy):
     builds a missing toy."""
     device = torch.device("cpu")
     dtype = torch.float32
+    backend = "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
         dtype = torch.bfloat16
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every length
 
     store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]
     # After a restart torchrun's store still holds the dead ranks' addresses: each try has its own.
     store = dist.PrefixStore(str(RESTARTS), store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=store)
 
     if toy:
         torch.set_num_threads(1)  # its matrices are too small to share
         maker = HERE / "toy/make_toy.py"
-        if RANK == 0 and not (HERE / "toy/model").exists():
-            if subprocess.call([sys.executable, maker]):
-                fail(
-                    f"--toy: {maker}, which stands beside this script in its repository, "
-                    "did not build the toy"
-                )
+        missing = RANK == 0 and not (HERE / "toy/model").exists()
+        if missing and subprocess.call([sys.executable, maker]):
+            fail(
+                f"--toy: {maker}, which stands beside this script in its repository, did not build "
+                "the toy"
+            )
     barrier()
     return device, dtype
+
+
+def lock(folder):
+    """Makes the folder, and takes it for this run until its process ends, however it does."""
+    problem = [None]
+    if RANK == 0:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            lock.file = open(folder / ".lock", "a")
+            fcntl.lockf(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = ["another run is writing there"]
+        except OSError as error:
+            if error.filename:  # without a name it is a file system that has no locks
+                problem = [f"{error}"]
+
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        fail(f"--output_dir {folder}: {problem[0]}")
 
 
 def barrier():

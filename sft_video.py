@@ -28,6 +28,8 @@ blocks that several scripts share: Qwen2-VL, records and frames, ranks and check
 
 import argparse
 import collections
+import difflib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -45,7 +47,7 @@ import sys
 import time
 import types
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from glob import glob
 from importlib.metadata import distributions
@@ -139,7 +141,7 @@ class Config:
 
     # The run
     num_train_epochs: int = 1  # passes over the annotations, at least 1
-    max_steps: int = -1  # steps in all; -1: as num_train_epochs says, at least -1
+    max_steps: int = -1  # steps in all, at least 1; by default what num_train_epochs makes
     per_device_train_batch_size: int = 1  # rows per device and micro-batch, at least 1
     gradient_accumulation_steps: int = 16  # on 8 GPUs the paper's 128 rows a step, at least 1
     gradient_checkpointing: bool = True  # recompute layers in the backward pass
@@ -155,9 +157,10 @@ class Config:
     output_dir: str = "runs/sft"  # for config.json, the logs, the checkpoints, the final model
     overwrite_output_dir: bool = False  # start anew in an output_dir that holds a run already
     resume_from_checkpoint: str = ""  # a checkpoint folder, or 'auto': the last one of output_dir
-    save_steps: int = 100  # steps between checkpoints, at least 1
+    save_steps: int = 10  # steps between checkpoints; the last step has one, at least 1
     save_total_limit: int = 2  # newest checkpoints kept; 0: all, at least 0
-    logging_steps: int = 10  # steps between numbers at the bar; metrics.jsonl has all, at least 1
+    save_only_model: bool = False  # leave the moments out of checkpoints, so that none resumes
+    logging_steps: int = 10  # steps between lines on stdout; metrics.jsonl has all, at least 1
 
 
 TOY = dict(
@@ -166,6 +169,7 @@ TOY = dict(
     output_dir="runs/toy-sft",
     overwrite_output_dir=True,
     max_steps=100,
+    save_steps=50,
     per_device_train_batch_size=16,
     gradient_accumulation_steps=1,
     learning_rate=2e-3,
@@ -190,10 +194,10 @@ def supervise(samples, tokenizer, device, dtype):
     samples = [s for s in samples if "error" not in s]
     rows = []
     for sample in samples:
-        gold = sample["gold"]
         text = sample.get("response")
         if text is None:  # --answer_only
-            text = f"<answer>{gold}. {sample['choices']['ABCD'.index(gold)]}</answer>"
+            place = "ABCD".index(sample["gold"])
+            text = f"<answer>{sample['gold']}. {sample['choices'][place]}</answer>"
         ids = tokenizer(text, add_special_tokens=False).input_ids
         rows.append(torch.tensor(ids + [end]))
     lengths = torch.tensor([len(row) for row in rows] or [0])
@@ -201,7 +205,7 @@ def supervise(samples, tokenizer, device, dtype):
     rows = rows or [torch.tensor([end])]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)[:, None]
     mask = torch.arange(ids.shape[2]) < lengths[:, None, None]
-    prompts = Prompts.collate(samples or [blank_sample()], device, dtype)
+    prompts = Prompts.collate(samples or [BLANK], device, dtype)
     return prompts, ids.to(device), mask.to(device)
 
 
@@ -281,7 +285,8 @@ def main():
     source = find_model(c.model)
     tokenizer = load_tokenizer(source)
     model = load_sharded(c, source, device, dtype)
-    VideoDataset(records, tokenizer, model.config, c).check_lengths(c.max_length)
+    dataset = VideoDataset(records, tokenizer, model.config, c)
+    dataset.check_lengths(c.max_length)
     prepare = partial(supervise, tokenizer=tokenizer, device=device, dtype=dtype)
 
     # The file's last rows are held out, if eval_every asks for them.
@@ -289,30 +294,35 @@ def main():
     rows = len(records) - held_out
     if rows < 1:
         fail(f"--eval_rows {c.eval_rows}: must be below the {len(records)} rows of the annotations")
-    dataset = VideoDataset(records[:rows], tokenizer, model.config, c)
+    dataset.records = records[:rows]
     eval_dataset = VideoDataset(records[rows:], tokenizer, model.config, c)
     B = c.per_device_train_batch_size
     eval_steps = range(math.ceil(held_out / B / WORLD))
     eval_batches = list(load_batches(eval_dataset, rank_batches(held_out, eval_steps, B, 1), 0))
-    unreadable = [s for s in chain(*eval_batches) if "error" in s]
+    unreadable = [
+        f"--eval_rows: sample_id {s['sample_id']}: {s['error']}"
+        for s in chain(*eval_batches)
+        if "error" in s
+    ]
     if unreadable:
-        fail(*(f"--eval_rows: sample_id {s['sample_id']}: {s['error']}" for s in unreadable))
+        fail(*unreadable)
 
     # The length of the run, and where it begins.
     per_step = B * c.gradient_accumulation_steps * WORLD
     total = c.max_steps * per_step if c.max_steps > 0 else rows * c.num_train_epochs
     steps = math.ceil(total / per_step)
-    checkpoint, start = open_run(c, model.config, dtype, missing)
-    optimizer = make_optimizer(c, model, checkpoint)
+    optimizer = make_optimizer(c, model)
+    start = open_run(c, model, optimizer, source, dataset.records, missing, per_step, steps)
     batches = rank_batches(total, range(start, steps), B, c.gradient_accumulation_steps)
     loader = load_batches(dataset, batches, c.dataloader_num_workers)
-    faults = Faults(c, total)
+    faults = collections.Counter()
     caught = catch_signals()
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=RANK > 0, desc="SFT")
-    for step in bar:
+    # Without a terminal, None, there is no bar.
+    for step in tqdm(range(start, steps), "SFT", initial=start, total=steps, disable=RANK or None):
         # Records: rows were read ahead. What cannot be read is reported and left out.
-        epoch = (step + 1) * per_step / rows
-        log = dict(step=step + 1, epoch=epoch, clock=time.perf_counter())
+        done = step + 1
+        epoch = min(total, done * per_step) / rows
+        log = dict(step=done, epoch=epoch, clock=time.perf_counter())
         micro_batches = [next(loader) for _ in range(c.gradient_accumulation_steps)]
         failed = [s for s in chain(*micro_batches) if "error" in s]
         micro_batches = [prepare(samples) for samples in micro_batches]
@@ -345,18 +355,18 @@ def main():
         lap(log, "time_update")
 
         # Log, and stop where going on makes no sense.
-        if c.eval_every and (step + 1) % c.eval_every == 0:
+        if c.eval_every and done % c.eval_every == 0:
             log["eval_loss"] = evaluate(model, map(prepare, eval_batches))
         log["tokens"] = int(totals["tokens"] + totals["prompt_tokens"])
         log["bad_samples"] = int(totals["bad"])
-        log_step(c, log, bar, ("loss", "token_accuracy"))
-        faults.count(log, failed)
-        if (step + 1) % c.save_steps == 0 or totals["stop"]:
-            save_checkpoint(c, step + 1, model, optimizer, source)
+        log_step(c, log, steps, ("loss", "token_accuracy"))
+        count_faults(c, total, faults, log, failed)
+        if done % c.save_steps == 0 or done == steps or totals["stop"]:
+            save_checkpoint(c, done, model, optimizer)
         if totals["stop"]:
-            leave(step + 1, caught)
+            leave(done, caught)
 
-    save_model(model, Path(c.output_dir), source)
+    save_model(model, Path(c.output_dir))
     if RANK == 0:
         print(f"{c.output_dir}/ holds the trained model, config.json and metrics.jsonl")
     dist.destroy_process_group()
@@ -602,8 +612,7 @@ class VisionBlock(nn.Module):
         """x [N, D]; slices: (count, size) of runs of temporal slices."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1))
         q, k, v = qkv.unbind(1)  # [N, H, E] each
-        q = rotate(q.float(), cos, sin).to(v.dtype)
-        k = rotate(k.float(), cos, sin).to(v.dtype)
+        q, k = (rotate(z.float(), cos, sin).to(v.dtype) for z in (q, k))
 
         out = []
         rows = [count * size for count, size in slices]
@@ -671,13 +680,11 @@ class Prompts(types.SimpleNamespace):
 
         mean = torch.tensor([[0.48145466], [0.4578275], [0.40821073]], device=device)
         std = torch.tensor([[0.26862954], [0.26130258], [0.27577711]], device=device)
-        patches = torch.cat([s["patches"] for s in samples]).to(device)
-        grids = list(chain(*(s["grids"] for s in samples)))
-        if not grids:
-            # The vision tower's shards are gathered by all ranks: one whose batch is text alone
-            # sends it a blank, which no placeholder takes.
-            patches = patches.new_zeros(MERGE**2, 3 * PAIR * PATCH**2)
-            grids = [(1, MERGE, MERGE)]
+        # All ranks gather the vision tower's shards: a batch of text alone sends it a blank, which
+        # no placeholder takes.
+        grids = list(chain(*(s["grids"] for s in samples))) or [(1, MERGE, MERGE)]
+        blank = torch.zeros(MERGE**2, 3 * PAIR * PATCH**2)
+        patches = torch.cat([s["patches"] for s in samples if s["grids"]] or [blank]).to(device)
         patches = patches.unflatten(1, (3, -1)) / 255  # [N, channel, 2 frames * 14 * 14]
         patches = ((patches - mean) / std).flatten(1).to(dtype)
 
@@ -1179,11 +1186,15 @@ def rank_batches(total, steps, B, accumulation):
 def load_sharded(c, source, device, dtype, weights_dtype=torch.float32):
     """A model sharded over the ranks; to train it, its weights are fp32 masters. They stay in host
     memory with --offload_optimizer, and the optimizer steps there."""
+    if source.resolve().is_relative_to(Path(c.output_dir).resolve()):
+        fail(f"--output_dir {c.output_dir} holds --model {source}, which a run would overwrite")
+
     weights_device = torch.device("cpu") if c.offload_optimizer else device
     wrap = partial(shard, device=device, dtype=dtype, offload=c.offload_optimizer)
     model = load_model(source, weights_device, weights_dtype, wrap)
     model.gradient_checkpointing = c.gradient_checkpointing
     model.visual.requires_grad_(not c.freeze_vision)
+    model.config.dtype = dtype
     return model
 
 
@@ -1212,20 +1223,16 @@ def shard(model, device, dtype, offload=False):
     return model
 
 
+# Two words: what a rank without a sample computes, with weight zero, so that no other waits for it.
+BLANK = dict(ids=torch.zeros(2).long(), positions=torch.zeros(3, 2).long(), grids=[])
+
+
 def gathered(tensor, dtype):
     """A sharded tensor whole, and on the device that computes, even if its shards are not."""
     tensor = tensor.detach().to(dtype)
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to(tensor.device_mesh.device_type).full_tensor()
-
-
-def blank_sample():
-    """Two words: what a rank without a sample computes, with weight zero, so that no other waits
-    for it."""
-    ids = torch.zeros(2, dtype=torch.long)
-    patches = torch.empty(0, 3 * PAIR * PATCH**2, dtype=torch.uint8)
-    return dict(ids=ids, positions=ids.expand(3, -1), patches=patches, grids=[])
 
 
 def global_sums(**values):
@@ -1239,37 +1246,33 @@ def global_sums(**values):
 def learning_rate_at(c, step, steps):
     """Of a step, counted from 0, of `steps`: a linear warm-up, then the decay to 0."""
     warmup = min(math.ceil(steps * c.warmup_ratio), steps - 1)
-    if c.lr_scheduler_type == "constant":
-        return c.learning_rate
-    if step < warmup:
-        return c.learning_rate * (step / warmup)
     share = (steps - step) / (steps - warmup)
     if c.lr_scheduler_type == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * ((step - warmup) / (steps - warmup))))
+    if step < warmup:
+        share = step / warmup
+    if c.lr_scheduler_type == "constant":
+        share = 1
     return c.learning_rate * share
 
 
-def make_optimizer(c, model, checkpoint):
-    """AdamW on the master weights; model and moments go on from the checkpoint, if there is one.
-
-    All moments exist from the start, as torch would make them at a parameter's first gradient: a
-    checkpoint has them even if no gradient has come yet, as to a vision tower that is frozen."""
+def make_optimizer(c, model):
+    """AdamW on the master weights. All moments exist from the start, as torch would make them at a
+    parameter's first gradient: a checkpoint has them even if none has come yet, as to a vision
+    tower that is frozen."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         c.learning_rate,
         weight_decay=c.weight_decay,
         fused=torch.cuda.is_available(),
     )
+
     for p in model.parameters():
         optimizer.state[p] = dict(
-            step=torch.zeros((), device=p.device),
+            step=torch.zeros(1, device=p.device),
             exp_avg=torch.zeros_like(p),
             exp_avg_sq=torch.zeros_like(p),
         )
-
-    if checkpoint:
-        reader = dcp.HuggingFaceStorageReader(str(checkpoint / "resume"))
-        dcp.load(training_state(model, optimizer), storage_reader=reader)
     return optimizer
 
 
@@ -1299,33 +1302,31 @@ def lap(log, name):
     log["peak_memory_gb"] = peak / 2**30
 
 
-class Faults:
-    """What a run survives, counted: unreadable samples, and steps that were not applied."""
+def count_faults(c, total, faults, log, failed):
+    """Tells of a step's faults, and ends the run where going on makes no sense. `failed` are this
+    rank's unreadable samples; `faults` counts the run's, and the steps in a row that were not
+    applied."""
+    for s in failed:
+        tqdm.write(
+            f"step {log['step']}: sample_id {s['sample_id']} left out: {s['error']}",
+            file=sys.stderr,
+        )
+    faults["samples"] += log["bad_samples"]
+    faults["steps"] += 1
+    if math.isfinite(log["loss"] + log["grad_norm"]):
+        faults["steps"] = 0
+    else:
+        tell(
+            f"step {log['step']}: not applied: loss {log['loss']}, gradient norm {log['grad_norm']}"
+        )
 
-    def __init__(self, c, total):
-        self.max_bad_samples = total // 100 if c.max_bad_samples < 0 else c.max_bad_samples
-        self.bad_samples = 0
-        self.bad_steps = 0  # in a row
-
-    def count(self, log, failed):
-        """Tells of a step's faults, and ends the run where going on makes no sense. `failed` are
-        this rank's unreadable samples."""
-        told = [f"sample_id {s['sample_id']} left out: {s['error']}" for s in failed]
-        self.bad_samples += log["bad_samples"]
-        self.bad_steps += 1
-        if math.isfinite(log["loss"] + log["grad_norm"]):
-            self.bad_steps = 0
-        elif RANK == 0:
-            told.append(f"not applied: loss {log['loss']}, gradient norm {log['grad_norm']}")
-        for line in told:
-            tqdm.write(f"step {log['step']}: {line}", file=sys.stderr)
-
-        if self.bad_samples > self.max_bad_samples or self.bad_steps == 3:
-            fail(
-                f"{self.bad_samples} samples could not be read (--max_bad_samples "
-                f"{self.max_bad_samples}), {self.bad_steps} steps in a row (at most 2) had no "
-                "finite loss and gradient: see the lines above and the logs in --output_dir"
-            )
+    limit = total // 100 if c.max_bad_samples < 0 else c.max_bad_samples
+    if faults["samples"] > limit or faults["steps"] == 3:
+        fail(
+            f"{faults['samples']} samples could not be read (--max_bad_samples {limit}), "
+            f"{faults['steps']} steps in a row (at most 2) had no finite loss and gradient: see "
+            "the lines above and the logs in --output_dir"
+        )
 
 
 def catch_signals():
@@ -1343,149 +1344,197 @@ def catch_signals():
 
 
 def append_rows(path, rows):
-    """Rank 0 appends JSON lines; a number that is not finite stands as NaN or Infinity."""
+    """Rank 0 appends JSON lines; a number that is not finite stands as null."""
     if RANK == 0:
         with open(path, "a") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for row in json.loads(json.dumps(rows), parse_constant=lambda name: None):
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def log_step(c, log, bar, shown):
-    """A step's row for metrics.jsonl; the `shown` numbers stand behind the progress bar."""
+def log_step(c, log, steps, shown):
+    """A step's row for metrics.jsonl; each logging_steps a line on stdout with the `shown` numbers,
+    this step's seconds, and what the rest takes at this pace."""
     del log["clock"]
     append_rows(Path(c.output_dir, "metrics.jsonl"), [log])
-    if log["step"] % c.logging_steps == 0:
-        bar.set_postfix({key: f"{log[key]:.3f}" for key in shown})
+    if RANK == 0 and log["step"] % c.logging_steps == 0:
+        seconds = sum(log[key] for key in log if key.startswith("time_"))
+        tqdm.write(
+            f"step {log['step']} of {steps}: "
+            f"{', '.join(f'{key} {log[key]:.3f}' for key in shown)}, {seconds:.2f} s a step, "
+            f"{tqdm.format_interval(seconds * (steps - log['step']))} left"
+        )
+        sys.stdout.flush()  # into a file, too
 
 
 def leave(step, caught):
-    tqdm.write(f"stopped after step {step}; --resume_from_checkpoint auto goes on", file=sys.stderr)
+    tell(
+        f"stopped after step {step}; --resume_from_checkpoint auto goes on from its checkpoint, "
+        "unless --save_only_model left the moments out"
+    )
     sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
 
-def open_run(c, config, dtype, missing):
+def tell(line):
+    """Rank 0 says it on stderr, above the bar."""
+    if RANK == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def open_run(c, model, optimizer, source, records, missing, per_step, steps):
     """Makes output_dir and its config.json: the model's, and an entry "run" with all settings,
-    versions and the script's sha256 -> the checkpoint to go on from, or None; its step, or 0.
-
-    What came after that step is removed: later checkpoints, the logs' later rows."""
+    versions and hashes -> the step that the run goes on from, or 0. Weights and moments become that
+    step's, and what a run wrote behind it is removed."""
     output_dir = Path(c.output_dir)
-    checkpoint = checkpoint_to_resume(c, output_dir)
-    start = step_of(checkpoint) if checkpoint else 0
-
+    rows = [r | dict(media=None) for r in records]  # the data root may move
     left_out = json.dumps([row["sample_id"] for row in missing])
     packages = "torch transformers av decord numpy pillow".split()
-    config.run = asdict(c) | dict(
+    run = vars(c) | dict(
+        versions={d.name: d.version for d in distributions() if d.name in packages},
         missing=len(missing),
         missing_sha256=hashlib.sha256(left_out.encode()).hexdigest(),
-        versions={d.name: d.version for d in distributions() if d.name in packages},
         script_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         world_size=WORLD,
+        # What the order of the data and the schedule follow from.
+        must_stay=f"{Path(__file__).name}, {per_step} prompts a step, seed {c.seed}, "
+        f"{'any' if c.lr_scheduler_type == 'constant' else steps} steps, "
+        f"records {hashlib.sha256(repr(rows).encode()).hexdigest()}",
     )
-    config.dtype = config.text_config.dtype = dtype  # else transformers would round fp32 weights
 
-    barrier()  # rank 0 changes nothing before all have looked
+    start = resume(c, output_dir, run, training_state(model, optimizer))
+    tell(f"{output_dir}: {start} of {steps} steps done{', finished' if start == steps else ''}")
+    barrier()  # rank 0 removes nothing before all have looked
     if RANK == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
         cut_back(output_dir, start)
         (output_dir / "missing.jsonl").unlink(missing_ok=True)
         append_rows(output_dir / "missing.jsonl", missing)
-        config.save_pretrained(output_dir)
-    barrier()
-    return checkpoint, start
+        copy_texts(source, output_dir)
+        # The source's own file, with the type of what is saved: transformers 5 would write a form
+        # of it that 4 can't read.
+        dtype = f'dtype": "{str(model.config.dtype).removeprefix("torch.")}"'
+        settings = json.loads(re.sub(r'dtype": "\w+"', dtype, (source / "config.json").read_text()))
+        (output_dir / "config.json").write_text(json.dumps(settings | dict(run=run), indent=2))
+
+        # What is kept, and one more, which is written before the oldest goes; 12 bytes of 16 are
+        # those of resume/.
+        kept = 1 + min(c.save_total_limit or steps, steps // c.save_steps)
+        size = kept * sum(map(torch.numel, model.parameters())) * (4 if c.save_only_model else 16)
+        free = shutil.disk_usage(output_dir).free
+        if size > free:
+            tell(
+                f"warning: {kept} checkpoints at once take up to {size / 2**30:.1f} GiB, and "
+                f"--output_dir {output_dir} has {free / 2**30:.1f} GiB free: see --save_total_limit"
+            )
+    return start
 
 
-def checkpoint_to_resume(c, output_dir):
-    """The checkpoint that the flags ask for, or None. A restart by torchrun finds it by itself."""
-    resume_from = c.resume_from_checkpoint
-    if RESTARTS > 0:
-        resume_from = "auto"
+def resume(c, output_dir, run, state):
+    """Takes output_dir, and loads the checkpoint that the flags ask for -> its step, or 0.
 
-    taken = (output_dir / "metrics.jsonl").exists() and not resume_from
-    if output_dir.is_file() or taken and not c.overwrite_output_dir:
+    "auto" is the newest whole one, which a restart by torchrun goes on from by itself."""
+    own = checkpoints(output_dir)
+    candidates = []
+    if c.resume_from_checkpoint == "auto" or RESTARTS and own:
+        candidates = own[::-1]
+        complain = tell
+    elif c.resume_from_checkpoint:
+        candidates = [Path(c.resume_from_checkpoint)]
+        complain = fail
+
+    for folder in candidates:
+        try:
+            compare_runs(folder, run)
+            lock(output_dir)
+            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / "resume")))
+            return step_of(folder)
+        except (OSError, ValueError, KeyError, dcp.CheckpointException) as error:
+            complain(f"--resume_from_checkpoint {folder}: {str(error).rstrip().splitlines()[-1]}")
+
+    holds_run = own or (output_dir / "metrics.jsonl").exists()
+    if candidates or holds_run and not (c.overwrite_output_dir or RESTARTS):
         fail(
-            f"--output_dir {output_dir} is taken: --resume_from_checkpoint auto goes on, "
+            f"--output_dir {output_dir} holds a run and {len(own)} checkpoints: "
+            "--resume_from_checkpoint auto goes on from the newest whole one, "
             "--overwrite_output_dir begins anew"
         )
+    lock(output_dir)
+    return 0
 
-    if resume_from == "auto":
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
-    if not resume_from:
-        return None
-    checkpoint = Path(resume_from)
-    if checkpoint not in checkpoints(checkpoint.parent) or not (checkpoint / "resume").is_dir():
-        fail(
-            f"--resume_from_checkpoint {checkpoint}: no checkpoint-<step> folder of a run; "
-            "'auto' finds the last one"
-        )
-    return checkpoint
+
+def compare_runs(folder, run):
+    """Ends the program where the run would go on from a checkpoint with other data, or in another
+    order; tells of what else has changed. ValueError if the checkpoint is not whole."""
+    before = json.loads((folder / "config.json").read_text())["run"]
+    shards = [*(folder / "resume").glob("*.safetensors")]
+    must(
+        len(shards) == before["world_size"],
+        f"resume/ holds {len(shards)} of {before['world_size']} shards (--save_only_model: none)",
+    )
+
+    for key, value in run.items():
+        if before.get(key, value) != value and key != "resume_from_checkpoint":
+            say = fail if key == "must_stay" else tell
+            say(f"changed since {folder}: {key} was {before[key]!r}, is {value!r}")
 
 
 def cut_back(output_dir, start):
-    """Removes what a run wrote after step `start`; half a line, as a kill leaves it, goes too."""
-    for later in checkpoints(output_dir):
-        if step_of(later) > start:
-            shutil.rmtree(later)
+    """Removes what a run wrote after step `start`, and what a kill left half written."""
+    for folder in output_dir.glob("checkpoint-*"):
+        if folder.suffix == ".tmp" or step_of(folder) > start:
+            shutil.rmtree(folder)
 
     for name in ("metrics.jsonl", "rollouts.jsonl", "audit.jsonl"):
         log = output_dir / name
-        if not log.exists():
-            continue
-        kept = 0
-        for line in log.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n") and json.loads(line)["step"] <= start:
-                kept += len(line)
-        os.truncate(log, kept)
+        if log.exists():
+            kept = 0
+            for line in open(log, "rb"):
+                if line.endswith(b"\n") and json.loads(line)["step"] <= start:
+                    kept += len(line)
+            os.truncate(log, kept)
 
 
 def checkpoints(output_dir):
-    """A run's complete checkpoints, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".tmp"]
-    return sorted(found, key=step_of)
+    """A run's checkpoints, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*[0-9]"), key=step_of)
 
 
 def step_of(checkpoint):
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def save_checkpoint(c, step, model, optimizer, source):
+def save_checkpoint(c, step, model, optimizer):
     """output_dir/checkpoint-<step>: a model folder, and in resume/ the shards of training_state.
 
     Written beside, synced, then renamed: a kill at any moment leaves the last complete one. The
     newest save_total_limit are kept."""
     final = Path(c.output_dir, f"checkpoint-{step}")
     beside = Path(f"{final}.tmp")
+    save_model(model, beside)
     if RANK == 0:
-        shutil.rmtree(beside, ignore_errors=True)  # a kill's leftover, if there is one
-    barrier()
-
-    save_model(model, beside, source)
-    writer = dcp.HuggingFaceStorageWriter(str(beside / "resume"), save_distributed=True)
-    dcp.save(training_state(model, optimizer), storage_writer=writer)
+        copy_texts(final.parent, beside)
+    if not c.save_only_model:
+        writer = dcp.HuggingFaceStorageWriter(str(beside / "resume"), save_distributed=True)
+        dcp.save(training_state(model, optimizer), storage_writer=writer)
     os.sync()
     barrier()
 
     if RANK == 0:
-        shutil.rmtree(final, ignore_errors=True)  # of a first try, if this run went on from before
         beside.rename(final)
-        if c.save_total_limit > 0:
-            for old in checkpoints(final.parent)[: -c.save_total_limit]:
-                shutil.rmtree(old)
+        for old in checkpoints(final.parent)[: -c.save_total_limit]:  # of all if it is 0, none
+            shutil.rmtree(old)
     barrier()
 
 
 def training_state(model, optimizer):
-    """{name: tensor}: weights, moments, step counts, all that training goes on from."""
+    """{name: tensor}: weights, moments and step counts, all that training goes on from."""
     state = model.state_dict()
     for name, p in model.named_parameters():
-        for key, z in optimizer.state[p].items():
-            state[f"state.{name}.{key}"] = z if z.dim() else z.view(1)
+        state |= {f"state.{name}.{key}": z for key, z in optimizer.state[p].items()}
     return state
 
 
-def save_model(model, folder, source):
-    """Writes a folder that transformers loads: safetensors (sharded above 5 GB), config.json with
-    the run's settings in it, and the tokenizer's and processor's files of `source`, where the model
-    came from. Rank 0 writes what all ranks gather."""
+def save_model(model, folder):
+    """Writes the weights as transformers loads them: safetensors, sharded above 5 GB. Rank 0 writes
+    what all ranks gather."""
     state = {}
     for name, p in model.state_dict().items():
         whole = gathered(p, model.config.dtype)
@@ -1493,13 +1542,17 @@ def save_model(model, folder, source):
             state[name] = whole.cpu()
 
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(state, folder, max_shard_size="5GB")
-        for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
-        model.config.save_pretrained(folder)
+        folder.mkdir(exist_ok=True)
+        save_torch_state_dict(state, folder)
     barrier()
+
+
+def copy_texts(source, folder):
+    """What makes weights a model folder: the configuration's, tokenizer's and processor's files,
+    but not a model.safetensors.index.json."""
+    for file in source.iterdir():
+        if re.fullmatch(r"[^.]+\.(json|txt|jinja)", file.name):
+            shutil.copyfile(file, folder / file.name)
 
 
 # === end shared: training ===
@@ -1523,14 +1576,19 @@ def parse_config(config_class, toy_presets, argv=None):
     parser.error = fail
     if "--toy" in (argv or sys.argv):
         parser.set_defaults(**toy_presets)
-    config = config_class(**vars(parser.parse_args(argv)))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], comments) or ["help"]
+        fail(f"no such flag: {' '.join(unknown)}; did you mean --{' or --'.join(close)}?")
+    config = config_class(**vars(known))
 
     problems = []
     holds = {"above": operator.gt, "at least": operator.ge, "at most": operator.le}
     for name, comment in comments.items():
         value = getattr(config, name)
-        limits = re.findall(r"(above|at least|at most) (-?\d+)", comment)
-        for word, limit in limits if value is not None else []:
+        if value == getattr(config_class, name, None):
+            continue  # a default need not hold them
+        for word, limit in re.findall(r"(above|at least|at most) (-?\d+)", comment):
             if not (holds[word](value, int(limit)) and value < math.inf):
                 problems.append(f"--{name} {value}: must be a number {word} {limit}")
     if problems:
@@ -1543,29 +1601,49 @@ def set_up(toy):
     builds a missing toy."""
     device = torch.device("cpu")
     dtype = torch.float32
+    backend = "gloo"
     if torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
         dtype = torch.bfloat16
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every length
 
     store = dist.HashStore() if WORLD == 1 else next(dist.rendezvous("env://"))[0]
     # After a restart torchrun's store still holds the dead ranks' addresses: each try has its own.
     store = dist.PrefixStore(str(RESTARTS), store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=RANK, world_size=WORLD, store=store)
 
     if toy:
         torch.set_num_threads(1)  # its matrices are too small to share
         maker = HERE / "toy/make_toy.py"
-        if RANK == 0 and not (HERE / "toy/model").exists():
-            if subprocess.call([sys.executable, maker]):
-                fail(
-                    f"--toy: {maker}, which stands beside this script in its repository, "
-                    "did not build the toy"
-                )
+        missing = RANK == 0 and not (HERE / "toy/model").exists()
+        if missing and subprocess.call([sys.executable, maker]):
+            fail(
+                f"--toy: {maker}, which stands beside this script in its repository, did not build "
+                "the toy"
+            )
     barrier()
     return device, dtype
+
+
+def lock(folder):
+    """Makes the folder, and takes it for this run until its process ends, however it does."""
+    problem = [None]
+    if RANK == 0:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            lock.file = open(folder / ".lock", "a")
+            fcntl.lockf(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = ["another run is writing there"]
+        except OSError as error:
+            if error.filename:  # without a name it is a file system that has no locks
+                problem = [f"{error}"]
+
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        fail(f"--output_dir {folder}: {problem[0]}")
 
 
 def barrier():

@@ -100,7 +100,7 @@ def rehearse(c, device, dtype, meter):
         g.generate(sampler, prompts, G, C, end_ids, range(len(samples)))
         shape = (len(samples), G, C)
         ids = torch.zeros(shape, dtype=torch.long, device=device)  # the longest there can be
-        group = g.Group(prompts, ids, ids == 0, samples)
+        group = g.Group(prompts, ids, ids == 0, ids == 0, samples)
         group.advantages = torch.ones(shape[:2], device=device)
         groups.append(group)
     del sampler
@@ -134,15 +134,16 @@ def make_samples(c, config):
 def load(script, c, config, device, dtype):
     """-> (model, reference, optimizer) as the script's main makes them; no file is read."""
     with patch.object(script, "load_model", partial(make_model, script, config)):
-        model = script.load_sharded(c, None, device, dtype)
+        folder = Path("no folder")
+        model = script.load_sharded(c, folder, device, dtype)
         reference = None
         if getattr(c, "beta", 0) > 0:
-            reference = script.load_sharded(c, None, device, dtype, weights_dtype=dtype)
+            reference = script.load_sharded(c, folder, device, dtype, weights_dtype=dtype)
             reference.requires_grad_(False)
 
     # As where a GPU is, even if this one is only pretended.
     with patch("torch.cuda.is_available", lambda: device.type != "cpu"):
-        return model, reference, script.make_optimizer(c, model, None)
+        return model, reference, script.make_optimizer(c, model)
 
 
 def make_model(script, config, folder, device, dtype, wrap=lambda model: model):

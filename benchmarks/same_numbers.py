@@ -55,8 +55,9 @@ def run_all(tree, folder):
 
 
 def metrics(path):
-    """Rows of a metrics.jsonl, less what depends on the machine."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """Rows of a metrics.jsonl, less what depends on the machine; NaN stands there as null."""
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line, parse_constant=lambda name: None) for line in lines]
     return [
         str({key: value for key, value in row.items() if not key.startswith(("time_", "peak_"))})
         for row in rows

@@ -76,7 +76,7 @@ def base():
     return ROOT / "toy/model"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory):
     """on_ranks(script, words, ranks=2, **more) -> [(exit code, stdout, stderr)], one a rank.
 

@@ -117,9 +117,13 @@ def read_rows(path):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("--learning_rat 1", ["--learning_rat"]),
-        ("--temp 0.5", ["--temp"]),  # no abbreviations: a new flag would change what they mean
-        ("stray", ["stray"]),
+        ("--learning_rat 1", ["no such flag: --learning_rat 1; did you mean --learning_rate?"]),
+        ("--saves_steps=5", ["--saves_steps=5; did you mean --save_steps"]),
+        # No abbreviations: a new flag would change what they mean.
+        ("--temp 0.5", ["no such flag: --temp 0.5; did you mean --help?"]),
+        ("stray", ["stray; did you mean --help?"]),
+        ("--max_steps 0", ["--max_steps 0: must be a number at least 1"]),
+        ("--max_steps=-2", ["--max_steps -2: must be a number at least 1"]),
         ("--num_generations 1", ["--num_generations 1: must be a number at least 2"]),
         ("--temperature 0", ["--temperature 0.0: must be a number above 0"]),
         ("--max_frames 1", ["--max_frames 1: must be a number at least 2"]),
@@ -256,7 +260,7 @@ def test_good_flags_pass():
     toy = g.parse_config(eval_video.Config, eval_video.TOY, "--toy --max_frames 4".split())
     assert toy == eval_video.Config(**eval_video.TOY | dict(toy=True, max_frames=4))
 
-    flags = "--epsilon_high 0.28 --scale_rewards false".split()
+    flags = "--epsilon_high 0.28 --scale_rewards false --max_steps -1".split()
     expected = g.Config(epsilon_high=0.28, scale_rewards=False)
     assert g.parse_config(g.Config, g.TOY, flags) == expected
 
@@ -928,6 +932,9 @@ def test_steps_without_any_readable_sample(run, script):
 
     assert code == 0, err
     log = read_rows(out / "metrics.jsonl")
+    assert "NaN" not in (out / "metrics.jsonl").read_text()  # which is no JSON
+    if script is g:
+        assert [row["reward"] is None for row in log] == [row["bad_samples"] > 0 for row in log]
     assert [row["bad_samples"] for row in log] == [0, 0, 1, 1, 1, 0, 0, 0]
     assert [row["loss"] for row in log[2:5]] == [0, 0, 0]
     assert [row["grad_norm"] for row in log[2:5]] == [0, 0, 0]
@@ -1017,30 +1024,28 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_resume_reads_what_the_policy_wrote(toy, tmp_path):
+def test_resume_reads_what_the_policy_wrote(tmp_path):
     """Cutting the logs back to the checkpoint's step neither chokes on a text nor loses a row.
 
     Completions may hold any character, line separators such as U+2028 and U+0085 among them. Going
-    on from an earlier checkpoint removes the later ones.
+    on from an earlier checkpoint removes the later ones, and what a kill left half written.
     """
     rows = [dict(step=step, text="a\u2028b\x85c\u2029d\n") for step in (1, 2, 3)]
     log = tmp_path / "rollouts.jsonl"
     g.append_rows(log, rows)
     with open(log, "a") as f:
         f.write('{"step": 2, "te')  # cut off by a power loss
-    for n in (1, 2):
-        (tmp_path / f"checkpoint-{n}/resume").mkdir(parents=True)
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-2.tmp"):
+        (tmp_path / name / "resume").mkdir(parents=True)
 
-    def resume(checkpoint):
-        settings = g.Config(output_dir=str(tmp_path), resume_from_checkpoint=checkpoint)
-        return g.open_run(settings, AutoConfig.from_pretrained(toy / "init"), torch.float32, [])
-
-    assert resume("auto") == (tmp_path / "checkpoint-2", 2)
+    g.cut_back(tmp_path, 2)
     assert [json.loads(line) for line in log.read_text().split("\n")[:-1]] == rows[:2]
+    assert g.checkpoints(tmp_path) == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
+    assert not (tmp_path / "checkpoint-2.tmp").exists()
 
     # Without the removal 'auto' would go on from a future that the logs no longer tell.
-    assert resume(f"{tmp_path}/checkpoint-1/") == (tmp_path / "checkpoint-1", 1)
-    assert not (tmp_path / "checkpoint-2").exists()
+    g.cut_back(tmp_path, 1)
+    assert g.checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
 
 
 # ---- The whole data root, other people's packages, a full disk -----------------------------------

@@ -125,7 +125,7 @@ def sft(gpus=1, batches=1, **changes):
         model, _, optimizer = memory.load(s, c, CONFIG, CARD, BF16)
         prepared = []
         for samples in micro_batches:
-            prepared.append(s.supervise(samples, Tokenizer(), CONFIG, CARD, BF16))
+            prepared.append(s.supervise(samples, Tokenizer(), CARD, BF16))
 
         for prompts, responses, mask in prepared:
             loss, right = s.cross_entropy(model, prompts, responses, mask, 7)

@@ -691,6 +691,7 @@ def test_changed_model_or_data(tmp_path, toy, model, evaluate, fails):
     told = fails(folder, data_root=root, model=toy / "init")
     assert len(told) == 1
     assert " has model_sha256 " in told[0]
+    assert f"--output_dir {folder} (remove it, or give another): " in told[0]
     assert contents(folder) == before
 
     root = root.rename(tmp_path / "moved")
@@ -707,6 +708,37 @@ def test_changed_model_or_data(tmp_path, toy, model, evaluate, fails):
     assert len(told) == 1
     assert f" has data_sha256 {old!r}, not '" in told[0]
     assert contents(folder) == before
+
+
+def test_the_default_folder(tmp_path, toy, on_ranks, monkeypatch):
+    """Checkpoints of one step of two runs share a folder, or one has another name than its own."""
+    monkeypatch.chdir(tmp_path)
+    data = small_root(toy, tmp_path / "root", 1)
+    for name in ("one", "one/checkpoint-2", "two/checkpoint-2"):
+        shutil.copytree(toy / "init", name)
+        words = ["--data_root", data, "--splits", L1, "--frame_size", 56]
+        words += ["--model", name, "--max_completion_length", 1]
+        [(code, _, err)] = on_ranks(e, words, 1)
+        assert code == 0, err
+    names = ["eval-one", "eval-one-checkpoint-2", "eval-two-checkpoint-2"]
+    assert sorted(os.listdir("runs")) == names
+
+
+def test_two_evaluations_in_one_folder(tmp_path, unbroken, evaluate, fails):
+    """Both write. The second is told, and changes nothing; a killed one's lock is gone."""
+    before = contents(unbroken)
+    lock = "file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    hold = f"import fcntl, sys, time; {lock}; print(flush=True); time.sleep(99)"
+    command = [sys.executable, "-c", hold, unbroken / ".lock"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    [told] = fails(unbroken, limit=24)
+    assert f"--output_dir {unbroken}: another run is writing there" in told
+    assert contents(unbroken) == before
+
+    first.kill()
+    first.wait()
+    evaluate(unbroken, limit=24)
 
 
 def test_broken_predictions(unbroken, fails):
@@ -846,11 +878,10 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (
-            dict(splits=f"{L1} validation_L9"),
-            f"--splits {L1} validation_L9: {{root}}/annotations has format_only training_6k "
-            f"training_with_cot_6k {L1} {L2} {L3}",
-        ),
+        (dict(splits="validation_L9"), "--splits validation_L9: not in "),
+        (dict(splits="trainin_6k"), "did you mean training_6k"),
+        (dict(save_cot="nowhere/cot.jsonl"), "--save_cot nowhere/cot.jsonl: its folder is missing"),
+        (dict(output_dir=__file__), f"--output_dir {__file__}: [Errno 17] File exists"),
         (dict(splits="training_with_cot_6k"), "sample_id 0"),
         (dict(data_root="nowhere"), "nowhere/annotations"),
         (dict(model="nowhere/model"), "--model nowhere/model"),
@@ -863,8 +894,8 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
 )
 def test_errors(tmp_path, toy, fails, flags, words):
     """What cannot be evaluated ends with exit code 2 and says why, before anything is written."""
-    told = fails(tmp_path / "out", **flags)
-    assert any(words.format(root=toy / "data") in line for line in told), told
+    told = fails(**dict(output_dir=tmp_path / "out") | flags)
+    assert any(words in line for line in told), told
     assert not (tmp_path / "out").exists()
 
 

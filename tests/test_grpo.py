@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from conftest import ROOT
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch.nn.attention.bias import CausalBias
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration, get_scheduler
 
 import grpo_video
 from grpo_video import (
@@ -37,6 +38,7 @@ from grpo_video import (
     k3_kl,
     learning_rate_at,
     load_model,
+    make_optimizer,
     mrope_positions,
     open_run,
     optimizer_step,
@@ -45,6 +47,7 @@ from grpo_video import (
     rollout,
     rollout_metrics,
     save_model,
+    set_up,
 )
 from test_smoke import (
     CLIP,
@@ -80,6 +83,7 @@ SETTINGS = dict(
     consistency_cap=0.95,
     consistency_margin=0.0,
     scale_rewards=True,
+    mask_truncated_completions=False,
 )
 
 
@@ -323,24 +327,48 @@ def test_a_wrong_tensor_is_named(tiny_model, capsys, size, files, edit, words):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_model_loads_in_transformers(toy, tmp_path, dtype):
+@pytest.mark.parametrize("form", ["the hub's", "version 5's"])
+def test_saved_model_loads_in_transformers(toy, tmp_path, dtype, form):
     """What save_model writes lacks something, has other names, or is rounded.
 
-    It would be rounded where config.json tells a wrong dtype.
+    It would be rounded where config.json tells a wrong type. The file is the source's own, with the
+    run and the type: what transformers 5 would make of it, version 4 can't read.
     """
-    model = load_model(toy / "init", CPU, torch.float32)
+    source = toy / "init"
+    name = str(dtype).removeprefix("torch.")
+    told = json.loads((source / "config.json").read_text())
+    if form == "the hub's":
+        expected = told | dict(torch_dtype=name)
+    else:
+        source = shutil.copytree(source, tmp_path / "source")
+        AutoConfig.from_pretrained(source).save_pretrained(source)
+        told = json.loads((source / "config.json").read_text())
+        told["text_config"]["dtype"] = told["dtype"] = "bfloat16"
+        (source / "config.json").write_text(json.dumps(told))
+        told["text_config"]["dtype"] = told["dtype"] = name
+        expected = told
+
+    model = load_model(source, CPU, torch.float32)
+    model.config.dtype = dtype
     with torch.no_grad():
         for p in model.parameters():
             p += 0.01 * torch.randn_like(p)
-    settings = Config(output_dir=str(tmp_path / "run"), seed=3)
-    assert open_run(settings, model.config, dtype, []) == (None, 0)
     out = tmp_path / "out"
-    save_model(model, out, toy / "init")
+    settings = Config(output_dir=str(out), seed=3)
+    set_up(False)
+    try:
+        optimizer = make_optimizer(settings, model)
+        assert open_run(settings, model, optimizer, source, [], [], 1, 1) == 0
+        save_model(model, out)
+    finally:
+        torch.distributed.destroy_process_group()
 
     # The settings and the weights.
     hf = Qwen2VLForConditionalGeneration.from_pretrained(out)
     assert hf.dtype == dtype
-    assert json.loads((out / "config.json").read_text())["run"]["seed"] == 3
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("run")["seed"] == 3
+    assert config == expected
     saved = load_file(out / "model.safetensors")
     expected = {name: p.to(dtype).tolist() for name, p in model.state_dict().items()}
     assert {name: p.tolist() for name, p in saved.items()} == expected
@@ -458,6 +486,7 @@ def groups_of(parts, samples, completions, lengths, advantages, ref_logp):
         group = Group(
             prompts=collate(*(samples[b] for b in part)),
             completions=completions[part],
+            said=mask[part],
             mask=mask[part],
             samples=[],
             advantages=advantages[part],
@@ -587,6 +616,40 @@ def test_an_empty_place_has_no_weight(tiny_model):
     loss, norm = run_update(model, groups[1:2], 0.1, beta=0.1)
     assert loss == 0
     assert norm == 0
+
+
+@pytest.mark.parametrize(
+    "loss_type, golden",
+    [
+        # Two completions have ended, of 3 and 1 tokens: each has 1/2, over its tokens.
+        ("grpo", [[1 / 6, 1 / 6, 1 / 6, 0], [0] * 4, [1 / 2, 0, 0, 0], [0] * 4]),
+        # 1 over all 3 + 1 tokens
+        ("dapo", [[1 / 4, 1 / 4, 1 / 4, 0], [0] * 4, [1 / 4, 0, 0, 0], [0] * 4]),
+        # 1 over 2 completions x the length of 4
+        ("dr_grpo", [[1 / 8, 1 / 8, 1 / 8, 0], [0] * 4, [1 / 8, 0, 0, 0], [0] * 4]),
+    ],
+)
+def test_truncated_completions_are_masked(tiny_model, monkeypatch, loss_type, golden):
+    """A truncated completion has a loss, or a place in a denominator.
+
+    Or it has none in its group's mean and deviation, or in the logs.
+    """
+    _, _, model = tiny_model()
+    completions = torch.tensor([[[1, 5, END, END], [2, 6, 7, 8], [OTHER_END, 9, 9, 9], [3] * 4]])
+    drawn = (completions, torch.zeros(completions.shape))
+    monkeypatch.setattr(grpo_video, "generate", lambda *args: drawn)
+    samples = [make_sample(model.config, *SHORT) | dict(gold="B")]  # the letter of token 1
+
+    plain, masked = (sampled(model, samples, mask_truncated_completions=on) for on in (False, True))
+    run_update(model, [masked], 0.0, loss_type=loss_type)
+    torch.testing.assert_close(masked.weight[0], torch.tensor(golden))
+    assert torch.equal(masked.advantages, plain.advantages)
+    assert torch.equal(masked.said, plain.mask)
+
+    run_update(model, [plain], 0.0, loss_type=loss_type)
+    assert finished_rows(masked) == finished_rows(plain)
+    assert [x["truncated"] for x in masked.rows[0]["completions"]] == [False, True, False, True]
+    assert [x["length"] for x in masked.rows[0]["completions"]] == [3, 4, 1, 4]
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
@@ -874,7 +937,7 @@ def test_the_bonus_by_hand(tiny_model, toy):
     p_ref[0, :, 4:7] = torch.tensor([[0.9, 1, 1], [0.1, 1, 1], [0.75, 1, 1], [0.3, 0.9, 0.9]])
     sample = make_sample(model.config, 4) | dict(gold="C")
     mask = torch.ones(1, 4, 9, dtype=torch.bool)
-    group = Group(collate(sample), ids, mask, [sample], ref_logp=p_ref.log())
+    group = Group(collate(sample), ids, mask, mask, [sample], ref_logp=p_ref.log())
     group.sampled_logp = group.old_logp = group.kl = group.entropy = torch.zeros(1, 4, 9)
     group.clip_ratio = mask
     c = SimpleNamespace(**SETTINGS | dict(consistency_weight=0.5, format_reward_weight=0.25))

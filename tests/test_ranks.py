@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,10 +30,11 @@ SCRIPT_FLAGS = {
 }
 
 
-def command(toy, script, out, *flags, ranks=1):
+def command(toy, script, out, *flags, ranks=1, torchrun=()):
     launch = []
     if ranks > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        torchrun = torchrun or ["--standalone", f"--nproc_per_node={ranks}"]
+        launch = ["-m", "torch.distributed.run", *torchrun]
     folders = ["--model", toy / "init", "--data_root", toy / "data", "--output_dir", out]
     words = [*launch, ROOT / script, *folders, *FLAGS, *SCRIPT_FLAGS[script], *flags]
     return [sys.executable, *map(str, words)]
@@ -91,6 +93,7 @@ def sampled(folder):
     [
         ("grpo_video.py", "grpo", 2, []),
         pytest.param("grpo_video.py", "dapo", 4, [], marks=pytest.mark.slow),
+        pytest.param("grpo_video.py", "grpo", 8, [], marks=pytest.mark.slow),
         pytest.param("grpo_video.py", "dr_grpo", 2, ["--beta", "0"], marks=pytest.mark.slow),
         pytest.param("sft_video.py", None, 2, ["--learning_rate", "2e-4"], marks=pytest.mark.slow),
     ],
@@ -99,8 +102,9 @@ def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):
     """Trap 16: a step must not depend on the number of ranks.
 
     It would, if gradients were not synchronised or a denominator were one rank's. The same global
-    batch of 4 must give the same rollouts, and loss, gradient norm and weights after 3 steps to
-    1e-5; with beta 0, where a micro-batch of equal rewards has a forward without a backward, too.
+    batch of 4 (8 on 8 ranks) must give the same rollouts, and loss, gradient norm and weights after
+    3 steps to 1e-5; with beta 0, where a micro-batch of equal rewards has a forward without a
+    backward, too.
     """
     one = tmp_path / "one"
     many = tmp_path / "many"
@@ -108,10 +112,15 @@ def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):
     if loss_type:
         flags += ["--loss_type", loss_type]
 
-    wait_for_one = start(toy, script, one, *flags, *batch(2, 2))
-    run(toy, script, many, *flags, *batch(1, 4 // ranks), ranks=ranks)
+    size = max(4, ranks)
+    wait_for_one = start(toy, script, one, *flags, *batch(size // 2, 2))
+    run(toy, script, many, *flags, *batch(1, size // ranks), ranks=ranks)
     wait_for_one()
+    check_equal(one, many, loss_type, size)
 
+
+def check_equal(one, many, sampling=True, size=4):
+    """Two runs of 3 steps of `size` prompts are the same, to 1e-5."""
     log = rows(one / "metrics.jsonl")
     log_of_many = rows(many / "metrics.jsonl")
     assert len(log) == len(log_of_many) == 3
@@ -119,8 +128,8 @@ def test_ranks_change_nothing(toy, tmp_path, script, loss_type, ranks, more):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["tokens"] == b["tokens"]
-    if loss_type:
-        assert len(sampled(one)) == 12
+    if sampling:
+        assert len(sampled(one)) == 3 * size
         assert sampled(one) == sampled(many)
     assert difference(one, many) < 1e-5
 
@@ -154,6 +163,31 @@ def test_ranks_change_no_bonus(toy, base, tmp_path):
         assert x["p_answer_ref"] == pytest.approx(y["p_answer_ref"], abs=1e-5)
     assert {x["bonus"] for x in found[one].values()} == {0, 0.5}
     assert difference(one, many) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_nodes(toy, tmp_path):
+    """Two torchrun agents, as on two machines: weights are replicated over them, not sharded.
+
+    They meet at a rendezvous, and give what one rank gives.
+    """
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    flags = ["--max_steps", "3"]
+    wait_for_one = start(toy, "grpo_video.py", one, *flags, *batch(2, 2))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    torchrun.append(f"--rdzv_endpoint=localhost:{port}")
+    flags += batch(1, 2)
+    line = command(toy, "grpo_video.py", two, *flags, ranks=2, torchrun=torchrun)
+    agents = [subprocess.Popen(line, env=ENV, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    for agent in agents:
+        _, error = agent.communicate(timeout=300)
+        assert agent.returncode == 0, error[-3000:]
+    wait_for_one()
+    check_equal(one, two)
 
 
 def rows_without_media(toy, path):

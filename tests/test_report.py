@@ -81,7 +81,7 @@ def write_run(folder, data):
             step=i,
             epoch=i / 30,
             reward=i / 30,
-            kl=math.nan if i == 7 else i / 100,
+            kl=None if i == 7 else i / 100,
             time_data=0.1,
             time_rollout=0.2,
             surprise=3.0,
@@ -97,7 +97,7 @@ def write_run(folder, data):
     truncated = completion(
         EVIL, None, ids=[7, *range(7)], log_ratio=[0.1] * 8, truncated=True, consistent=True
     )
-    diverged = completion(EVIL, log_ratio=[math.nan] * 4, kl=math.inf, consistent=False)
+    diverged = completion(EVIL, log_ratio=[None, math.nan] * 2, kl=None, consistent=False)
     rows[0] = rollout(1, "1", [truncated, diverged], EVIL)
     del rows[1]["completions"][0]["log_ratio"]
     rows[1]["completions"][0]["text"] = EVIL

@@ -271,15 +271,21 @@ def test_extract_answer_of_a_choices_text(form, text, choice, expected):
     assert g.extract_answer(text, [choice, "cut", "peel", "wash"]) == expected
 
 
-def test_the_choices_come_with_a_completion(monkeypatch):
+def test_the_choices_come_with_a_completion():
     """The reward of `A knife` is by the sample's own choices."""
-    sample = dict(gold="A", choices=["knife", "cut", "peel", "wash"])
+    sample = dict(
+        gold="A", sample_id=7, text="Next?", ids=[1], choices=["knife", "cut", "peel", "wash"]
+    )
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "<answer>A knife</answer>")
     c = g.Config(format_reward_weight=0)
-    assert g.judged([1, END], sample, c, tokenizer, [END])["reward"] == 1
-    sample["choices"] = ["lid", "cut", "peel", "wash"]
-    entry = g.judged([1, END], sample, c, tokenizer, [END])
-    assert (entry["reward"], entry["answer"]) == (0, None)
+    said = torch.ones(1, 1, 2, dtype=torch.bool)
+    group = g.Group(None, torch.tensor([[[1, END]]]), said, said, [sample])
+
+    for first, expected in (("knife", (1, "A")), ("lid", (0, None))):
+        sample["choices"][0] = first
+        g.judge(group, c, tokenizer, [END], 0)
+        [entry] = group.rows[0]["completions"]
+        assert (entry["reward"], entry["answer"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def main():
 
     # What was evaluated: everything is looked at before the first model is loaded.
     source = e.find_model(c.model)
-    folder = Path(c.output_dir or f"runs/eval-{Path(c.model).resolve().name}")
+    folder = e.folder_of(c)
     splits = [split for split in c.splits if split != "LVB"]
     if c.longvideobench:
         splits.append("LVB")
@@ -81,6 +81,7 @@ def main():
     questions = {split: load_questions(c, split, settings[split]) for split in splits}
     tokenizer = e.load_tokenizer(source)
     check_reference(c.reference, tokenizer)
+    e.lock(folder)
 
     # The models.
     model = e.load_model(source, device, dtype)

@@ -27,6 +27,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import NoneType
 
 from PIL import Image
 
@@ -81,8 +82,8 @@ def each(path, use):
 
 
 def short(x):
-    """A number to 4 significant digits; None for NaN and the infinities, which JSON has not."""
-    if isinstance(x, int):
+    """A number to 4 significant digits; None for what is not finite, which JSON has not."""
+    if x is None or isinstance(x, int):
         return x
     return float(f"{x:.4g}") if math.isfinite(x) else None
 
@@ -114,6 +115,7 @@ def pieces(tokens, ids, log_ratio):
     for i, ratio in zip(ids, log_ratio, strict=True):
         # The embedding has more rows than the tokenizer has tokens.
         token = tokens.get(i, b"[%d]" % i)
+        ratio = math.nan if ratio is None else ratio
         begun = token
         if texts:
             begun = token.lstrip(CONTINUATION)
@@ -295,7 +297,7 @@ class Report:
         run = len(self.runs) - 1
         self.rows.append(row)
         for key, value in row.items():
-            if key not in ("step", "epoch") and isinstance(value, (int, float)):
+            if key not in ("step", "epoch") and isinstance(value, (int, float, NoneType)):
                 of_runs = self.metrics.setdefault(key, {})
                 series = of_runs.setdefault(run, dict(steps=[], values=[]))
                 series["steps"].append(row["step"])

@@ -478,6 +478,7 @@ def train_base(init: Path, data: Path, run: Path, model: Path, seed: int):
         "seed": seed,
         # Random answers would only teach the vision tower to fall silent.
         "freeze_vision": "true",
+        "save_steps": 1000,
     }
     command = [sys.executable, str(HERE.parent / "sft_video.py")]
     for flag, value in flags.items():
