@@ -168,12 +168,15 @@ def check_the_bonus(audit, rollouts, weight):
     assert 0 < given < len(audit)
 
 
+LONG = "--num_iterations 2 --learning_rate 1e-2 --gradient_accumulation_steps 2"
+
+
 @pytest.mark.parametrize(
     "loss_type, beta, more",
     [
         ("grpo", 0.5, "--consistency_weight 0.7"),
         ("dapo", 0.0, "--num_iterations 3 --learning_rate 3e-2"),
-        ("dr_grpo", 0.2, "--num_iterations 2 --learning_rate 1e-2 --gradient_accumulation_steps 2"),
+        pytest.param("dr_grpo", 0.2, LONG, marks=pytest.mark.slow),
     ],
 )
 def test_a_loss_by_calculator(toy, tmp_path, monkeypatch, loss_type, beta, more):

@@ -265,7 +265,9 @@ def test_good_flags_pass():
     assert g.parse_config(g.Config, g.TOY, flags) == expected
 
 
-@pytest.mark.parametrize("script", ["grpo_video.py", "sft_video.py"])
+@pytest.mark.parametrize(
+    "script", ["grpo_video.py", pytest.param("sft_video.py", marks=pytest.mark.slow)]
+)
 def test_a_wrong_flag_as_the_shell_sees_it(tmp_path, script):
     """Exit code 2, the script's name and the problems on stderr, no traceback, no output folder."""
     out = tmp_path / "run"

@@ -1205,6 +1205,7 @@ print("rank", g.RANK, "kept its small update")
 """
 
 
+@pytest.mark.slow
 def test_small_updates_are_kept(tiny_model, tmp_path):
     """bf16 weights under FSDP2 at learning rate 1e-6 lose their updates to rounding.
 

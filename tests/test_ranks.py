@@ -271,10 +271,8 @@ def test_resumed_run_is_the_unbroken_one(toy, tmp_path, script):
         assert sample_ids(whole) == sample_ids(other)
 
 
-@pytest.mark.parametrize(
-    "number, code",
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves(toy, tmp_path, number, code):
     """SIGTERM or Ctrl-C, which reach the decoding workers too, lose steps or break a checkpoint."""
     out = tmp_path / "run"
