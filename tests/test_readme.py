@@ -37,6 +37,7 @@ OTHERS = {
     },
     "report.py": {"output", "data_root"},
     "frames.py": {"samples"},
+    "findings.py": {"seeds", "all", "write", "output_dir"},
     "select_records.py": {"pass_rate", "annotations", "output"},
     "kill_and_resume.py": {"kills", "seed"},
     "same_numbers.py": {"keep"},
@@ -407,6 +408,20 @@ def test_the_readmes_speed():
     """How many times faster a step is, README.md has from the table of docs/performance.md."""
     [whole] = [row for row in table("| | ours | released |") if "whole step" in row[0]]
     assert f"a step is {whole[4].strip('*')} times as fast" in README
+
+
+def test_the_findings():
+    """README.md's table of the toy has the means of docs/findings.md's."""
+    means = []
+    for row in table("| model | accuracy L1 |")[:4]:
+        means.append([re.sub(r" \(.*", "", cell) for cell in row])
+    shown = [
+        [name, ", ".join(cells[:3]), ", ".join(cells[3:6]), cells[6], ", ".join(cells[-2:])]
+        for name, *cells in means
+    ]
+    for row in shown:
+        assert f"| {' | '.join(row)} |" in README
+    assert "](findings.svg)" in PAGES[ROOT / "docs/findings.md"]
 
 
 # ---- Fields -------------------------------------------------------------------------------------

@@ -6,15 +6,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tools import report
-from toy.make_toy import CHOICES
+from toy import findings
 
-DIRECTIONS = [move.split()[1] for move in CHOICES]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,14 +27,6 @@ def run(script, *flags, limit=280):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def accuracies(folder):
-    """Of one evaluation: the tier's name -> its accuracy."""
-    summary = json.loads((folder / "summary.json").read_text())
-    return {
-        split.removeprefix("validation_"): counts["accuracy"] for split, counts in summary.items()
-    }
 
 
 def metrics(folder):
@@ -56,7 +46,7 @@ def test_the_bases_chains_are_loose(toy):
     said = []
     for line in open(toy / "data/annotations/format_only.jsonl"):
         said.append(re.fullmatch(form, json.loads(line)["response"]).groups())
-    assert {(letter, word) for _, letter, word in said} == {*zip("ABCD", DIRECTIONS)}
+    assert {(letter, word) for _, letter, word in said} == {*findings.DIRECTIONS.items()}
 
     loose = [(letter, thought) for thought, letter, word in said if thought != word]
     assert len(loose) / len(said) == pytest.approx(3 / 8, abs=0.03)
@@ -78,29 +68,38 @@ def test_grpo_learns_to_look(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison(base, tmp_path):
-    """GRPO no longer learns to look, the base model is not blind, or the tiers lost their order."""
-    models = dict(base=base, sft=tmp_path / "sft", grpo=tmp_path / "grpo")
-    folders = {name: tmp_path / f"eval-{name}" for name in models}
+def test_the_findings(base, tmp_path):
+    """The README's table no longer holds: who learns to look, and whose chain comes apart.
 
-    def train(name):
-        run(f"{name}_video.py", "--toy", "--output_dir", models[name])
+    Or the base model is not blind, or the tiers lost their order.
+    """
+    print(run("toy/findings.py", "--output_dir", tmp_path, limit=1200))
+    found = {name: findings.read_measures(tmp_path / f"eval-{name}-42") for name in findings.MAIN}
+    folders = [tmp_path / f"eval-{name}-42" for name in findings.MAIN]
+    compared = run("eval_video.py", "--compare", *folders)
+    assert all(str(folder) in compared for folder in folders)
 
-    def evaluate(name):
-        run("eval_video.py", "--toy", "--model", models[name], "--output_dir", folders[name])
-
-    with ThreadPoolExecutor(2) as pool:  # one thread each: two at a time
-        list(pool.map(train, ("grpo", "sft")))
-        list(pool.map(evaluate, ("grpo", "sft", "base")))
-    table = run("eval_video.py", "--compare", *folders.values())
-    print(table)
-
-    reward = rewards(tmp_path / "grpo")
+    reward = rewards(tmp_path / "grpo-42")
     assert sum(reward[:10]) / 10 < 0.4
     assert sum(reward[-10:]) / 10 >= 0.75
 
-    accuracy = {name: accuracies(folder) for name, folder in folders.items()}
-    assert all(abs(value - 0.25) <= 0.08 for value in accuracy["base"].values()), accuracy
-    assert accuracy["grpo"]["L1"] >= 0.75, accuracy
-    assert 0.35 < accuracy["grpo"]["L2"] < accuracy["grpo"]["L1"], accuracy
-    assert all(f"eval-{name}" in table for name in models)
+    accuracy = {
+        name: [x[f"accuracy {tier}"] for tier in findings.TIERS] for name, x in found.items()
+    }
+    assert all(abs(value - 0.25) <= 0.1 for value in accuracy.pop("base")), accuracy
+    assert all(0.75 <= of_l1 and 0.35 < of_l2 < of_l1 for of_l1, of_l2, _ in accuracy.values())
+
+    # The chain and its letter, on each tier; and where the video enters, on L1.
+    for tier in findings.TIERS:
+        matching = {name: x[f"word_matches_letter {tier}"] for name, x in found.items()}
+        assert 0.4 < matching["base"] < 0.75, matching
+        assert matching["sft"] >= 0.95, matching
+        assert matching["grpo"] < 0.5, matching
+        assert matching["care"] > matching["grpo"] + 0.2, matching
+    at_the_word, at_the_letter = (
+        {name: x[head] for name, x in found.items()} for head in findings.HEADS[-2:]
+    )
+    assert max(at_the_word["base"], at_the_letter["base"], at_the_letter["sft"]) < 0.2
+    assert at_the_word["grpo"] < 0.3 < at_the_word["care"]
+    assert at_the_letter["grpo"] > 1.5 > at_the_letter["care"]
+    assert at_the_word["sft"] > 1.5
