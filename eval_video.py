@@ -5,8 +5,6 @@ unseen kitchens and to unseen tasks?
     python eval_video.py --toy --model runs/toy-grpo                          # the toy's tiers
     python eval_video.py --model DIR --longvideobench ROOT                    # LongVideoBench, too
     python eval_video.py --compare runs/eval-base runs/eval-grpo --paper      # folders, one table
-    python eval_video.py --model DIR --splits training_6k --num_samples 8 --save_cot FILE
-                                                          # right chains, rows for sft_video.py
 
 For each split (`main` is this list):
 
@@ -15,9 +13,10 @@ For each split (`main` is this list):
     tally       -> accuracy with its interval, by domain; what failed is counted apart
     comparison  -> the paired difference to another model's answers, with McNemar's p
 
-A row is in predictions_<split>.jsonl as soon as it is answered, and a second run grades what is
-there anew and goes on behind the last whole line. A question that fails (an unreadable video) is in
-`failed` and in no denominator. Batch size and ranks change responses by rounding alone.
+A row is written as soon as it is answered, by each rank to a file of its own: no rank waits for
+another. At the end they become predictions_<split>.jsonl. A run that was killed goes on where it
+was, and grades anew what is there. A question that fails (an unreadable video) is in `failed` and
+in no denominator. Batch size and ranks change responses by rounding alone.
 
 Dimensions: B prompts, G samples of each (K in the tables), P and C their tokens, N rows (tokens or
 patches), H heads, K key-value heads, E head width, D model width, V vocabulary, T frames.
@@ -47,6 +46,7 @@ import types
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from functools import cache, partial
 from glob import glob
 from itertools import chain, groupby
@@ -137,8 +137,6 @@ class Config:
 
     # What it writes
     output_dir: str = ""  # default: runs/eval-<the model's folder>, of a checkpoint its run's too
-    save_cot: str = ""  # file for right responses, shortest first: training rows for sft_video.py
-    cot_per_question: int = 1  # responses of a question that save_cot keeps, at least 1
     compare: list[str] = field(default_factory=list)  # evaluated folders to print as one table
     paper: bool = False  # show the paper's and DeepVideo-R1's numbers beside
 
@@ -310,6 +308,24 @@ def percent(share, low, high):
 # ------------------------------------------------------------------------------------------------
 
 
+def answer(split, questions, path, model, tokenizer, c):
+    """This rank's batches of a split's questions -> rows behind those of its own file."""
+    dataset = VideoDataset(questions, tokenizer, model.config, c, shuffle=False)
+    starts = range(RANK * c.batch_size, len(questions), WORLD * c.batch_size)
+    batches = [range(len(questions))[start : start + c.batch_size] for start in starts]
+    loader = load_batches(dataset, batches, c.dataloader_num_workers)
+
+    for samples in tqdm(loader, desc=split, total=len(batches), disable=RANK > 0):
+        if c.ablate == "shuffle_frames":
+            samples = [shuffle_frames(sample) for sample in samples]
+        rows = predict(model, tokenizer, samples, c)
+        write_rows(path.with_suffix(f".rank{RANK}"), rows, "a")
+        for row in rows:
+            if row["error"]:
+                told = f"{split}: sample_id {row['sample_id']} failed: {row['error']}"
+                tqdm.write(told, file=sys.stderr)
+
+
 def predict(model, tokenizer, samples, c):
     """A batch of samples -> rows of predictions_<split>.jsonl; an unreadable sample's has its error
     and no response."""
@@ -396,29 +412,47 @@ def folder_of(c):
     return Path(c.output_dir or f"runs/eval-{name.replace('/', '-')}")
 
 
-def open_split(folder, split, settings, records):
-    """-> (path, ids) of the rows that are there already, graded anew, as a file has one grader.
-    Another model's, or by other data or settings, are an error."""
-    path = folder / f"predictions_{split}.jsonl"
-    settings_path = folder / f"settings_{split}.json"
-    rows = read_rows(path)
+def open_split(path, settings_path, settings, records):
+    """-> ids of the questions that a split's file, or a killed run's ranks, have rows of. These are
+    graded anew, as a file has one grader; another model's, or by other settings, are an error."""
+    rows = stored_rows(path)
     if rows:
         before = json.loads(settings_path.read_text())
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
-            where = f"--output_dir {folder} (remove it, or give another): its {split} has"
-            fail(*(f"{where} {key} {before.get(key)!r}, not {settings[key]!r}" for key in changed))
+            where = f"--output_dir {path.parent} (remove it, or give another): {settings_path.name}"
+            fail(
+                *(
+                    f"{where} has {key} {before.get(key)!r}, not {settings[key]!r}"
+                    for key in changed
+                )
+            )
 
-        choices = {r["sample_id"]: choose(r, settings["seed"], 0)[0] for r in records}
-        if RANK == 0:  # the other ranks may still be reading: the file is replaced as a whole
-            beside = path.with_suffix(".new")
-            write_rows(beside, [graded(row, choices[row["sample_id"]]) for row in rows], "w")
-            beside.replace(path)
-    elif RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    barrier()  # all have read
+    if RANK == 0:
         settings_path.write_text(json.dumps(settings, indent=1))
-        path.write_bytes(b"")
-    return path, {row["sample_id"] for row in rows}
+        for record in records:
+            if record["sample_id"] in rows:
+                graded(rows[record["sample_id"]], choose(record, settings["seed"], 0)[0])
+        join(path, rows, records)
+    barrier()  # the ranks' own files are gone
+    return rows.keys()
+
+
+def stored_rows(path):
+    """{sample_id: row} of a split's file, and of what each rank has written beside it since."""
+    paths = [path, *path.parent.glob(f"{path.stem}.rank*")]
+    return {row["sample_id"]: row for row in chain(*map(read_rows, paths))}
+
+
+def join(path, rows, records):
+    """{sample_id: row} -> a split's file, in its records' order. The ranks' own files go."""
+    beside = path.with_suffix(".new")
+    in_order = [rows[r["sample_id"]] for r in records if r["sample_id"] in rows]
+    write_rows(beside, in_order, "w")
+    beside.replace(path)
+    for own in path.parent.glob(f"{path.stem}.rank*"):
+        own.unlink()
 
 
 def read_rows(path):
@@ -499,32 +533,6 @@ def parse_longvideobench(raw, root):
     )
 
 
-def save_cot(answers, root, c):
-    """Each question's right responses that show their thinking, the shortest cot_per_question ->
-    a file of rows for sft_video.py."""
-    found = []
-    for split in c.splits:
-        for row in answered(answers[split]):
-            choices, _ = choose(row, c.seed, 0)
-            prompt = build_messages(row, choices)
-            for part, (kind, path) in zip(prompt[0]["content"], row["media"]):
-                part[kind] = str(path.relative_to(root.resolve()))
-
-            right = {
-                text.strip()
-                for text in row.get("responses", [row["response"]])
-                if "</think>" in text and extract_answer(text, choices) == row["gold"]
-            }
-            by_length = sorted(sorted(right), key=len)
-            for i, text in enumerate(by_length[: c.cot_per_question]):
-                name = f"{split}_{row['sample_id']}_{i}"
-                found.append(dict(sample_id=name, prompt=prompt, response=text))
-
-    if not found:
-        fail(f"--save_cot {c.save_cot}: no right response has a </think> to learn from")
-    write_rows(c.save_cot, found, "w")
-
-
 # ------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------
@@ -537,9 +545,9 @@ def main():
 
     c.do_sample = c.do_sample or c.num_samples > 1  # K greedy responses would be one
     device, dtype = set_up(c.toy)
+    # The ranks meet at the end alone, hours apart perhaps: the default group would give up.
+    patient = dist.new_group(timeout=timedelta(days=30), backend="gloo")
     root = Path(c.data_root)
-    if not os.access(Path(c.save_cot).parent, os.W_OK):
-        fail(f"--save_cot {c.save_cot}: its folder is missing, or nothing can be written there")
 
     # The questions and the model.
     tiers = [split for split in c.splits if split != "LVB"]
@@ -559,64 +567,54 @@ def main():
     source = find_model(c.model)
     tokenizer = load_tokenizer(source)
     model = load_model(source, device, dtype)
-    for records in splits.values():
+    lengths = {}
+    for split, records in splits.items():
         dataset = VideoDataset(records, tokenizer, model.config, c)
-        dataset.check_lengths(model.config.text_config.max_position_embeddings)
+        lengths[split] = dataset.check_lengths(model.config.text_config.max_position_embeddings)
+
+    # What is there by now, and what is left to be answered.
     folder = folder_of(c)
     lock(folder)
     settings = {key: getattr(c, key) for key in DECIDING}
     settings["model_sha256"] = weights_hash(source)
-
-    answers = {}
-    short = []
+    paths = {split: folder / f"predictions_{split}.jsonl" for split in splits}
+    questions = {}
+    todo = {}
     for split, records in splits.items():
         settings["data_sha256"] = questions_hash(records, c.seed)
-        path, done = open_split(folder, split, settings, records)
-        questions = {r["sample_id"]: ablated(r, c.ablate) for r in records[: c.limit or None]}
-        todo = [record for name, record in questions.items() if name not in done]
-        dataset = VideoDataset(todo, tokenizer, model.config, c, shuffle=False)
+        settings_path = folder / f"settings_{split}.json"
+        done = open_split(paths[split], settings_path, settings, records)
 
-        # Prediction: a batch a rank at a time; the last may be empty on some ranks.
-        mine = range(len(todo))[RANK * c.batch_size :]
-        starts = range(0, len(todo), WORLD * c.batch_size)
-        batches = [mine[start : start + c.batch_size] for start in starts]
-        loader = load_batches(dataset, batches, c.dataloader_num_workers)
+        questions[split] = [ablated(r, c.ablate) for r in records[: c.limit or None]]
+        left = [q for q in questions[split] if q["sample_id"] not in done]
+        # A batch's prompts are of like lengths. The longest come first, as they need most memory.
+        todo[split] = sorted(left, key=lambda q: lengths[split][q["sample_id"]], reverse=True)
 
-        for samples in tqdm(loader, desc=split, total=len(batches), disable=RANK > 0):
-            if c.ablate == "shuffle_frames":
-                samples = [shuffle_frames(sample) for sample in samples]
-            rows = gather_rows([predict(model, tokenizer, samples, c)])
-            if RANK == 0:
-                write_rows(path, rows, "a")
-                for row in rows:
-                    if row["error"]:
-                        told = f"{split}: sample_id {row['sample_id']} failed: {row['error']}"
-                        tqdm.write(told, file=sys.stderr)
-
-        # The rows that are there by now, with their questions.
-        answers[split] = [
-            questions[row["sample_id"]] | row
-            for row in read_rows(path)
-            if row["sample_id"] in questions
-        ]
-        if len(answers[split]) < len(questions):
-            counts = f"{len(answers[split])} rows of {len(questions)} questions"
-            short.append(f"{path}: {counts}; the same command goes on")
+    for split in splits:
+        answer(split, todo[split], paths[split], model, tokenizer, c)
+    dist.barrier(patient)
 
     # Tally and comparison.
     if RANK == 0:
         write_rows(folder / "missing.jsonl", missing, "w")
+        answers = {}
         summary = {}
-        for split, rows in answers.items():
+        short = []
+        for split, records in splits.items():
+            rows = stored_rows(paths[split])
+            join(paths[split], rows, records)
+            answered = [q for q in questions[split] if q["sample_id"] in rows]
+            answers[split] = [q | rows[q["sample_id"]] for q in answered]
+            if len(answered) < len(questions[split]):
+                counts = f"{len(answered)} rows of {len(questions[split])} questions"
+                short.append(f"{paths[split]}: {counts}; the same command goes on")
             left_out = sum(row["split"] == split for row in missing)
-            summary[split] = tally(rows, "domain", "category") | dict(missing=left_out)
+            summary[split] = tally(answers[split], "domain", "category") | dict(missing=left_out)
         text = table({folder: answers}, c.paper)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         (folder / "summary.md").write_text(text + "\n")
         print(text)
         print(f"{folder}/ holds predictions_<split>.jsonl, summary.json and summary.md")
-        if c.save_cot:
-            save_cot(answers, root, c)
         if short:
             fail(*short)
     dist.destroy_process_group()
@@ -681,13 +679,6 @@ def answer_forms(choices, tagged):
         | A \s++ (?= (?i: {own} ) \W*\Z ) )
         """,
     )
-
-
-def gather_rows(lists):
-    """Every rank's lists of rows -> all rows, in rank order."""
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, list(chain(*lists)))
-    return list(chain(*parts))
 
 
 # === end shared: answer ===
@@ -1159,14 +1150,11 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
     try:
         config = AutoConfig.from_pretrained(folder)
         found = reader.read_metadata().state_dict_metadata
+        problem = f"model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
+        must(config.model_type == "qwen2_vl", problem)
+        must(found, "it holds no model.safetensors, nor shards of it")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         fail(f"--model {folder}: no readable checkpoint: {str(error).splitlines()[0]}")
-    if config.model_type != "qwen2_vl":
-        fail(
-            f"--model {folder}: model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
-        )
-    if not found:
-        fail(f"--model {folder}: holds no model.safetensors, nor shards of it")
 
     with torch.device("meta"):
         model = wrap(Qwen2VL(config).to(dtype))
@@ -1207,10 +1195,14 @@ def load_records(path, root, parse=None, lines=None, fail=fail):
         try:
             raw = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN is no value
             name = raw.get("sample_id", raw.get("id")) if isinstance(raw, dict) else None
-            whole = isinstance(name, (int, str))
-            must(whole, "must be an object with a sample_id, an integer or a string")
-            special = re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode())
-            must(not special, "holds a special token, which only the chat template may write")
+            must(
+                isinstance(name, (int, str)),
+                "must be an object with a sample_id, an integer or a string",
+            )
+            must(
+                not re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode()),
+                "holds a special token, which only the chat template may write",
+            )
             first = seen.setdefault(str(name), number)
             # A question may have several chains of thought.
             must(first == number or "prompt" in raw, f"its sample_id is line {first}'s already")
@@ -1275,8 +1267,10 @@ def parse_record(raw, root):
 
 def text_field(raw, key):
     value = raw.get(key)
-    filled = isinstance(value, str) and value.strip()
-    must(filled, f"field {key!r} must be a non-empty string, is {value!r:.60}")
+    must(
+        isinstance(value, str) and value.strip(),
+        f"field {key!r} must be a non-empty string, is {value!r:.60}",
+    )
     return value
 
 
@@ -1353,16 +1347,13 @@ class VideoDataset:
         self.size = max(1, round(c.frame_size / unit)) * unit  # 252 for 256: a multiple of 28
         self.pool = decoding_pool(c.dataloader_num_workers)
 
-    def __getitem__(self, position):
-        return self.begin(position)()
-
     def begin(self, position):
         """Sends a sample's media to be decoded -> a function that waits for them and returns it."""
+        c = self.c
         epoch, place = divmod(position, len(self.records))
         if self.shuffle:
-            place = permutation(len(self.records), self.c.seed, epoch)[place]
+            place = permutation(len(self.records), c.seed, epoch)[place]
         record = self.records[place]
-        c = self.c
         args = (record["media"], self.size, c.fps, c.max_frames, c.video_reader)
         decoding = self.pool.schedule(decode, args, timeout=c.decode_timeout)
         return partial(self.finish, record, epoch, decoding)
@@ -1415,11 +1406,12 @@ class VideoDataset:
         return text, ids
 
     def check_lengths(self, limit):
-        """A prompt (with its response) over `limit` tokens, its video at max_frames, ends the
-        program: never cut (trap 5)."""
+        """-> {sample_id: tokens of its prompt and response at most}, its video at max_frames. Over
+        `limit` is an error: none is cut (trap 5)."""
         side = self.size // PATCH
         t = dict(video=self.c.max_frames // PAIR, image=1)
         problems = []
+        lengths = {}
         for record in self.records:
             negatives = sorted(record.get("negatives", []), key=len)
             drawn = [record.get("answer"), *negatives[-3:]]  # the longest that can be
@@ -1428,12 +1420,14 @@ class VideoDataset:
             try:
                 _, ids = self.encode(record, record.get("choices") or drawn, grids)
                 length = len(ids) + len(response.input_ids)
+                lengths[record["sample_id"]] = length
                 must(length <= limit, f"up to {length} tokens, over the limit of {limit}")
             except ValueError as error:
                 problems.append(f"sample_id {record['sample_id']}: {error}")
 
         if problems:
             fail(*problems)
+        return lengths
 
 
 @cache
@@ -1740,7 +1734,7 @@ def load_tokenizer(folder):
     """A model folder's tokenizer; its chat template may stand in a file of its own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = folder / "chat_template.json"
-    if not tokenizer.chat_template and template.is_file():
+    if template.is_file():
         tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
     return tokenizer
 

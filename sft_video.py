@@ -709,14 +709,11 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
     try:
         config = AutoConfig.from_pretrained(folder)
         found = reader.read_metadata().state_dict_metadata
+        problem = f"model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
+        must(config.model_type == "qwen2_vl", problem)
+        must(found, "it holds no model.safetensors, nor shards of it")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         fail(f"--model {folder}: no readable checkpoint: {str(error).splitlines()[0]}")
-    if config.model_type != "qwen2_vl":
-        fail(
-            f"--model {folder}: model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
-        )
-    if not found:
-        fail(f"--model {folder}: holds no model.safetensors, nor shards of it")
 
     with torch.device("meta"):
         model = wrap(Qwen2VL(config).to(dtype))
@@ -757,10 +754,14 @@ def load_records(path, root, parse=None, lines=None, fail=fail):
         try:
             raw = json.loads(line.decode(), parse_constant=lambda name: None)  # NaN is no value
             name = raw.get("sample_id", raw.get("id")) if isinstance(raw, dict) else None
-            whole = isinstance(name, (int, str))
-            must(whole, "must be an object with a sample_id, an integer or a string")
-            special = re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode())
-            must(not special, "holds a special token, which only the chat template may write")
+            must(
+                isinstance(name, (int, str)),
+                "must be an object with a sample_id, an integer or a string",
+            )
+            must(
+                not re.search(rb"<\|\w+\|>", json.dumps(raw, ensure_ascii=False).encode()),
+                "holds a special token, which only the chat template may write",
+            )
             first = seen.setdefault(str(name), number)
             # A question may have several chains of thought.
             must(first == number or "prompt" in raw, f"its sample_id is line {first}'s already")
@@ -825,8 +826,10 @@ def parse_record(raw, root):
 
 def text_field(raw, key):
     value = raw.get(key)
-    filled = isinstance(value, str) and value.strip()
-    must(filled, f"field {key!r} must be a non-empty string, is {value!r:.60}")
+    must(
+        isinstance(value, str) and value.strip(),
+        f"field {key!r} must be a non-empty string, is {value!r:.60}",
+    )
     return value
 
 
@@ -903,16 +906,13 @@ class VideoDataset:
         self.size = max(1, round(c.frame_size / unit)) * unit  # 252 for 256: a multiple of 28
         self.pool = decoding_pool(c.dataloader_num_workers)
 
-    def __getitem__(self, position):
-        return self.begin(position)()
-
     def begin(self, position):
         """Sends a sample's media to be decoded -> a function that waits for them and returns it."""
+        c = self.c
         epoch, place = divmod(position, len(self.records))
         if self.shuffle:
-            place = permutation(len(self.records), self.c.seed, epoch)[place]
+            place = permutation(len(self.records), c.seed, epoch)[place]
         record = self.records[place]
-        c = self.c
         args = (record["media"], self.size, c.fps, c.max_frames, c.video_reader)
         decoding = self.pool.schedule(decode, args, timeout=c.decode_timeout)
         return partial(self.finish, record, epoch, decoding)
@@ -965,11 +965,12 @@ class VideoDataset:
         return text, ids
 
     def check_lengths(self, limit):
-        """A prompt (with its response) over `limit` tokens, its video at max_frames, ends the
-        program: never cut (trap 5)."""
+        """-> {sample_id: tokens of its prompt and response at most}, its video at max_frames. Over
+        `limit` is an error: none is cut (trap 5)."""
         side = self.size // PATCH
         t = dict(video=self.c.max_frames // PAIR, image=1)
         problems = []
+        lengths = {}
         for record in self.records:
             negatives = sorted(record.get("negatives", []), key=len)
             drawn = [record.get("answer"), *negatives[-3:]]  # the longest that can be
@@ -978,12 +979,14 @@ class VideoDataset:
             try:
                 _, ids = self.encode(record, record.get("choices") or drawn, grids)
                 length = len(ids) + len(response.input_ids)
+                lengths[record["sample_id"]] = length
                 must(length <= limit, f"up to {length} tokens, over the limit of {limit}")
             except ValueError as error:
                 problems.append(f"sample_id {record['sample_id']}: {error}")
 
         if problems:
             fail(*problems)
+        return lengths
 
 
 @cache
@@ -1676,7 +1679,7 @@ def load_tokenizer(folder):
     """A model folder's tokenizer; its chat template may stand in a file of its own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = folder / "chat_template.json"
-    if not tokenizer.chat_template and template.is_file():
+    if template.is_file():
         tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
     return tokenizer
 

@@ -986,7 +986,7 @@ def copy_blocks(blocks, other):
 
 
 # ---- The scripts as text: can they be read? ------------------------------------------------------
-LARGEST = {"grpo_video.py": 14_470, "sft_video.py": 11_490, "eval_video.py": 12_440}  # tokens
+LARGEST = {"grpo_video.py": 14_500, "sft_video.py": 11_490, "eval_video.py": 12_360}  # tokens
 ALLOWED = {"nested comprehensions": 2, "two ideas in a pair": 3}  # of the rest none
 LAYOUT = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

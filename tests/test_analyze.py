@@ -631,7 +631,7 @@ def test_shuffled_frames_stay_shuffled(toy, tokenizer, settings, alone, tmp_path
     dataset = e.VideoDataset([*records.values()], tokenizer, model.config, c, shuffle=False)
     changed = 0
     for position, name in enumerate(records):
-        plain = dataset[position]
+        plain = dataset.begin(position)()
         assert torch.equal(seen[name], e.shuffle_frames(plain)["patches"])
         changed += not torch.equal(seen[name], plain["patches"])
     dataset.pool.stop()
@@ -652,7 +652,7 @@ def test_ranks_share_a_split(toy, tokenizer, settings, tmp_path, monkeypatch):
         return sum(reversed(parts), [])
 
     monkeypatch.setattr(e, "WORLD", 2)
-    monkeypatch.setattr(e, "gather_rows", gather)
+    monkeypatch.setattr(a, "gather_rows", gather)
     for rank in (1, 0):
         monkeypatch.setattr(e, "RANK", rank)
         summary = a.analyze(settings(), L1, rows, records, model, None, tokenizer, tmp_path)

@@ -126,7 +126,7 @@ def check_the_reference(toy, audit):
 
     samples = {}
     for position in range(6):
-        sample = dataset[position]
+        sample = dataset.begin(position)()
         samples[sample["sample_id"]] = sample
     for x in audit:
         prompts = g.Prompts.collate([samples[x["sample_id"]]], torch.device("cpu"), torch.float32)

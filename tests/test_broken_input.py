@@ -708,7 +708,7 @@ def dataset_of(toy, media, **changes):
 
 def load(toy, media, **changes):
     """-> the sample of a record with these media, decoded as in training."""
-    return dataset_of(toy, media, **changes)[0]
+    return dataset_of(toy, media, **changes).begin(0)()
 
 
 @pytest.mark.parametrize(
@@ -824,7 +824,7 @@ def first_order(data, model):
         AutoConfig.from_pretrained(model),
         g.Config(frame_size=56, max_frames=4),
     )
-    return [dataset[position]["sample_id"] for position in range(8)]
+    return [dataset.begin(position)()["sample_id"] for position in range(8)]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2VLForConditionalG
 import eval_video as e
 import sft_video
 from test_smoke import CPU, ROOT, transformers_inputs
+from tools import select_chains as chains
 from tools import select_records
 
 ENDS = ["<|im_end|>", "<|endoftext|>"]
@@ -471,7 +472,7 @@ def samples_of(toy, model, places, max_frames=8, more=""):
     samples = []
     for i, record in enumerate(records):
         kinds = [kind for kind, _ in record["media"]]
-        samples.append(dataset[i] | dict(kinds=kinds))
+        samples.append(dataset.begin(i)() | dict(kinds=kinds))
     return samples, ours, tokenizer
 
 
@@ -633,6 +634,35 @@ def test_resume_is_by_sample_id(tmp_path, unbroken, evaluate, monkeypatch):
     assert [s["sample_id"] for s in samples] == missing
     assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
     assert summary(unbroken)["total"] == 24
+
+
+def test_the_ranks_own_files(unbroken, evaluate, monkeypatch):
+    """Rows that killed ranks, of any number, wrote beside the file are lost or asked again.
+
+    Half a line behind them is no row; a row that a kill left in two files is one.
+    """
+    whole = contents(unbroken)
+    path = unbroken / PREDICTIONS
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]))
+    (unbroken / "predictions_validation_L1.rank0").write_text("".join(lines[4:8]) + lines[8][:50])
+    (unbroken / "predictions_validation_L1.rank5").write_text("".join(lines[2:4] + lines[20:]))
+    (unbroken / "predictions_validation_L2.rank0").write_text("another split's")
+
+    samples = asked(evaluate, monkeypatch, unbroken, limit=24, batch_size=5)
+    missing = {json.loads(line)["sample_id"] for line in lines[8:20]}
+    assert {sample["sample_id"] for sample in samples} == missing
+    (unbroken / "predictions_validation_L2.rank0").unlink()
+    assert contents(unbroken) == whole
+
+
+def test_killed_ranks_of_another_model(unbroken, fails):
+    """Rows that stand in the ranks' files alone have settings, too."""
+    path = unbroken / PREDICTIONS
+    path.rename(path.with_suffix(".rank1"))
+    before = contents(unbroken)
+    assert len(fails(unbroken, limit=24, seed=7)) == 1
+    assert contents(unbroken) == before
 
 
 def test_another_limit(unbroken, evaluate):
@@ -880,7 +910,6 @@ def test_failed_samples_among_several(tmp_path, toy, evaluate, say):
     [
         (dict(splits="validation_L9"), "--splits validation_L9: not in "),
         (dict(splits="trainin_6k"), "did you mean training_6k"),
-        (dict(save_cot="nowhere/cot.jsonl"), "--save_cot nowhere/cot.jsonl: its folder is missing"),
         (dict(output_dir=__file__), f"--output_dir {__file__}: [Errno 17] File exists"),
         (dict(splits="training_with_cot_6k"), "sample_id 0"),
         (dict(data_root="nowhere"), "nowhere/annotations"),
@@ -900,6 +929,55 @@ def test_errors(tmp_path, toy, fails, flags, words):
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------
+def test_no_rank_waits_for_another(tmp_path, evaluate, monkeypatch):
+    """Between two batches a rank asks nothing of the others; the last meeting can take days.
+
+    The default group gives up after minutes, and ranks can end hours apart.
+    """
+    events = []
+
+    def noted(name, call):
+        def wrapper(*args, **options):
+            events.append(name)
+            return call(*args, **options)
+
+        return wrapper
+
+    for name in ("barrier", "all_gather_object", "broadcast_object_list", "all_reduce"):
+        monkeypatch.setattr(dist, name, noted(name, getattr(dist, name)))
+    new_group = dist.new_group
+
+    def make_group(timeout, backend):
+        assert timeout.days >= 1
+        return new_group(timeout=timeout, backend=backend)
+
+    monkeypatch.setattr(dist, "new_group", noted("new_group", make_group))
+    monkeypatch.setattr(e, "predict", noted("predict", e.predict))
+    evaluate(tmp_path, splits=f"{L1} {L2}", limit=12, batch_size=4)
+
+    first = events.index("predict")
+    assert "new_group" in events[:first]  # to make one is a meeting, too
+    assert events[first:] == ["predict"] * 6 + ["barrier"]
+
+
+def test_a_batchs_prompts_are_alike(tmp_path, toy, evaluate, monkeypatch):
+    """The longest prompts come first, and each batch has neighbours; the file has its own order."""
+    root = small_root(toy, tmp_path / "root", 12)
+    path = root / f"annotations/{L1}.jsonl"
+    raws = read_rows(path)
+    for i, raw in enumerate(raws):
+        raw["choice_a"] = "far " * (5 * i % 12) + raw["choice_a"]
+        raw["task_progress_metadata"] = raw["task_progress_metadata"] if i % 3 else []
+    path.write_text("".join(json.dumps(raw) + "\n" for raw in raws))
+
+    samples = asked(evaluate, monkeypatch, tmp_path / "out", data_root=root, batch_size=4)
+    lengths = [len(sample["ids"]) for sample in samples]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len({*lengths}) == 12
+    rows = read(tmp_path / "out")
+    assert [row["sample_id"] for row in rows] == [raw["sample_id"] for raw in raws]
+
+
 def test_two_ranks(tmp_path, toy, model, evaluate):
     """Two ranks leave the same files as one.
 
@@ -914,6 +992,7 @@ def test_two_ranks(tmp_path, toy, model, evaluate):
     shutil.copy(one / f"settings_{L1}.json", two)
     lines = whole[PREDICTIONS].splitlines(keepends=True)
     (two / PREDICTIONS).write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    (two / "predictions_validation_L1.rank1").write_bytes(b"".join(lines[7:9]))
 
     flags = few | dict(
         model=model,
@@ -1008,8 +1087,24 @@ def check_shuffled(plain, shuffled):
 
 
 # ---- Rejection sampling --------------------------------------------------------------------------
-def test_save_cot(tmp_path, toy, evaluate, say):
-    """--save_cot keeps the right responses that show their thinking, shortest first.
+@pytest.fixture
+def select_chains(toy, monkeypatch, capsys):
+    """select_chains(folder, output, **flags) -> what tools/select_chains.py says of L1."""
+
+    def run(folder, output, annotations=toy / f"data/annotations/{L1}.jsonl", **flags):
+        words = ["select_chains.py", folder, "--output", output, "--annotations", annotations]
+        for name, value in flags.items():
+            words += [f"--{name}", value]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        capsys.readouterr()
+        chains.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_select_chains(tmp_path, toy, evaluate, say, select_chains):
+    """Kept are the right responses that show their thinking, shortest first.
 
     They are rows that sft_video.py reads.
     """
@@ -1029,12 +1124,14 @@ def test_save_cot(tmp_path, toy, evaluate, say):
             "<think>it moves</think>" + right,
         ]
 
-    file = tmp_path / "cot.jsonl"
+    say(answer)
+    evaluate(tmp_path / "out", limit=3, num_samples=5)
     rows = {}
     for keep in (1, 2, 9):
-        say(answer)
-        evaluate(tmp_path / "out", limit=3, num_samples=5, save_cot=file, cot_per_question=keep)
+        file = tmp_path / f"{keep}.jsonl"
+        told = select_chains(tmp_path / "out", file, per_question=keep)
         rows[keep] = e.load_records(file, toy / "data", sft_video.parse_chat)
+        assert f"holds {len(rows[keep])} chains" in told
     assert [len(rows[keep]) for keep in (1, 2, 9)] == [2, 4, 4]
     assert rows[1] == rows[9][::2]
     expected = []
@@ -1060,22 +1157,40 @@ def test_save_cot(tmp_path, toy, evaluate, say):
         assert prompt == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_save_cot_without_thinking(tmp_path, evaluate, fails, say):
-    """Right answers alone teach no thinking: without any </think> it is exit code 2.
+def test_chains_that_are_refused(tmp_path, toy, evaluate, say, select_chains, capsys):
+    """Exit code 2 and one line, and no file is written.
 
-    The predictions are kept, no file is written.
+    Right answers alone teach no thinking. Other annotations would put other prompts before them.
     """
     evaluate(tmp_path / "golds", limit=3)
     golds = [row["gold"] for row in read(tmp_path / "golds")]
     say(lambda i: [f"<answer>{golds[i]}</answer>"])
-    told = fails(tmp_path / "out", limit=3, save_cot=tmp_path / "cot.jsonl")
-    assert len(told) == 1
-    assert "</think>" in told[0]
-    assert not (tmp_path / "cot.jsonl").exists()
-    assert summary(tmp_path / "out")["accuracy"] == 1
+    out = tmp_path / "out"
+    evaluate(out, limit=3)
+    root = small_root(toy, tmp_path / "root", 3)
+    path = root / f"annotations/{L1}.jsonl"
+    raws = read_rows(path)
+    raws[1]["golden_choice_idx"] = "ABCD"[golds[1] == "A"]
+    path.write_text("".join(json.dumps(raw) + "\n" for raw in raws))
+
+    def refused(*args, **flags):
+        with pytest.raises(SystemExit) as end:
+            select_chains(*args, **flags)
+        assert end.value.code == 2
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    new = tmp_path / "chains.jsonl"
+    assert "no right response has a </think>" in refused(out, new)
+    assert f"{path}: has no sample_id 1001 with the gold" in refused(out, new, annotations=path)
+    assert "--per_question 0: must be" in refused(out, new, per_question=0)
+    other = toy / f"data/annotations/{L2}.jsonl"
+    assert f"predictions_{L2}.jsonl: no such file" in refused(out, new, annotations=other)
+    assert "exists already" in refused(out, path)
+    assert not new.exists()
 
 
-def test_drawn_choices(tmp_path, toy, evaluate, say, monkeypatch):
+def test_drawn_choices(tmp_path, toy, evaluate, say, select_chains, monkeypatch):
     """A question with negative_answers is asked, judged and saved with the same drawn choices."""
     root = small_root(toy, tmp_path / "root", 4)
     raws = draw_choices(root)
@@ -1083,8 +1198,10 @@ def test_drawn_choices(tmp_path, toy, evaluate, say, monkeypatch):
     flags = dict(data_root=root, limit=22, max_completion_length=2)
     samples = asked(evaluate, monkeypatch, tmp_path / "golds", **flags)
     say(lambda i: [f"<think>so</think><answer>{samples[i]['gold']}</answer>"])
-    evaluate(tmp_path / "out", data_root=root, save_cot=tmp_path / "cot.jsonl")
-    rows = read_rows(tmp_path / "cot.jsonl")
+    evaluate(tmp_path / "out", data_root=root)
+    annotations = root / f"annotations/{L1}.jsonl"
+    select_chains(tmp_path / "out", tmp_path / "chains.jsonl", annotations=annotations)
+    rows = read_rows(tmp_path / "chains.jsonl")
     assert len(rows) == 4 == summary(tmp_path / "out")["correct"]
     assert len({s["gold"] for s in samples}) > 1
     for s, raw, row in zip(samples, raws, rows):

@@ -268,7 +268,7 @@ def test_prompt_with_video_and_image(make_dataset, tokenizer, record):
 
     At 252 x 252 (asked as 256) there are 648 for 16 frames beside 81 for the image.
     """
-    sample = make_dataset([record], frame_size=256, max_frames=16)[0]
+    sample = make_dataset([record], frame_size=256, max_frames=16).begin(0)()
     assert sample["text"] == SYSTEM + VIDEO + IMAGE + ASKED
     assert sample["gold"] == "C"
     assert sample["choices"] == record["choices"]
@@ -311,7 +311,7 @@ def test_prompt_without_video(make_dataset, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(raw))
 
     records = g.load_records(tmp_path / "rows.jsonl", tmp_path)
-    sample = make_dataset(records)[0]
+    sample = make_dataset(records).begin(0)()
     assert sample["text"] == SYSTEM + IMAGE + ASKED
     assert sample["grids"] == [(1, 4, 4)]
     assert sample["patches"].shape == (16, 1176)
@@ -324,7 +324,7 @@ def test_template_is_the_tokenizers(make_dataset, tokenizer, record):
     With the vendor's the text is the vendor's, with another it is the other's.
     """
     tokenizer.chat_template = VENDORS_TEMPLATE
-    assert make_dataset([record])[0]["text"] == SYSTEM + VIDEO + IMAGE + ASKED
+    assert make_dataset([record]).begin(0)()["text"] == SYSTEM + VIDEO + IMAGE + ASKED
     tokenizer.chat_template = "{% for part in messages[0].content %}({{ part.type }}){% endfor %}"
     assert make_dataset([record]).encode(record, record["choices"], [])[0] == "(video)(image)(text)"
 
@@ -353,10 +353,10 @@ def test_null_keys_of_chat_rows_are_dropped(make_dataset, tokenizer, record, tmp
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(raw))
     records = g.load_records(tmp_path / "rows.jsonl", tmp_path, sft_video.parse_chat)
-    sample = make_dataset(records)[0]
+    sample = make_dataset(records).begin(0)()
     assert sample["text"] == SYSTEM + VIDEO + IMAGE + ASKED
     assert sample["response"] == raw["response"]
-    assert sample["grids"] == make_dataset([record])[0]["grids"]
+    assert sample["grids"] == make_dataset([record]).begin(0)()["grids"]
 
 
 def test_too_long_prompt_is_an_error(make_dataset, record, capsys):
@@ -366,7 +366,7 @@ def test_too_long_prompt_is_an_error(make_dataset, record, capsys):
     """
     thought = "<think>so</think>"
     dataset = make_dataset([record | dict(response=thought), record | dict(sample_id="uuid_8")])
-    length = len(dataset[0]["ids"])
+    length = len(dataset.begin(0)()["ids"])
     response = len(dataset.tokenizer(thought).input_ids)
     dataset.check_lengths(length + response)
     with pytest.raises(SystemExit) as end:
@@ -414,8 +414,8 @@ def test_length_is_checked_for_every_epoch(make_dataset, record, capsys):
 
     # The first epoch draws short ones.
     dataset.c.seed = next(seed for seed in range(99) if longest(seed) < 9)
-    first = len(dataset[0]["ids"])
-    assert max(len(dataset[epoch]["ids"]) for epoch in range(9)) > first + 30
+    first = len(dataset.begin(0)()["ids"])
+    assert max(len(dataset.begin(epoch)()["ids"]) for epoch in range(9)) > first + 30
     with pytest.raises(SystemExit):
         dataset.check_lengths(first + 9)
 
@@ -485,7 +485,7 @@ def test_epochs_are_permutations(make_dataset, record):
 
     def orders(seed):
         dataset = make_dataset(records, seed=seed)
-        stream = [dataset[position]["sample_id"] for position in range(60)]
+        stream = [dataset.begin(position)()["sample_id"] for position in range(60)]
         return [tuple(stream[start : start + 20]) for start in (0, 20, 40)]
 
     all_orders = orders(42) + orders(43)
@@ -502,7 +502,7 @@ def test_stream_of_positions(make_dataset, record):
     """
     records = [DRAWN | dict(sample_id=i, question="?", media=record["media"]) for i in range(5)]
     dataset = make_dataset(records)
-    plain = [dataset[position] for position in range(15)]
+    plain = [dataset.begin(position)() for position in range(15)]
     for position, sample in enumerate(plain):
         expected = g.choose(records[sample["sample_id"]], 42, position // 5)
         assert (sample["choices"], sample["gold"]) == expected
@@ -514,7 +514,7 @@ def test_stream_of_positions(make_dataset, record):
         assert torch.equal(sample["patches"], plain[position]["patches"])
 
     dataset.shuffle = False
-    assert [dataset[position]["sample_id"] for position in range(5)] == [0, 1, 2, 3, 4]
+    assert [dataset.begin(position)()["sample_id"] for position in range(5)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -618,9 +618,9 @@ def test_vision_features_only_in_the_prompts_placeholders(tiny_model, monkeypatc
     assert torch.equal(x[vision], features)
     assert torch.equal(x[~vision], model.model.embed_tokens(prompts.ids[~vision]))
 
-    def pick(logits, *_):
+    def pick(log_probs, uniform, greedy):
         """One row says <|video_pad|>, the next <|image_pad|>."""
-        return torch.tensor([c.video_token_id, c.image_token_id]).repeat(len(logits) // 2)
+        return torch.tensor([c.video_token_id, c.image_token_id]).repeat(len(log_probs) // 2)
 
     monkeypatch.setattr(g, "pick", pick)
     said, _ = g.generate(model, prompts, 2, 4, [396, 395], [0, 1])
@@ -645,7 +645,7 @@ def test_unreadable_video_is_reported_not_replaced(make_dataset, record, tmp_pat
     broken.write_text("no video\n" * 99)
     bad = record | dict(sample_id="bad_1", media=[("video", broken), record["media"][1]])
     dataset = make_dataset([bad, record])
-    samples = {s["sample_id"]: s for s in (dataset[0], dataset[1])}
+    samples = {s["sample_id"]: s for s in (dataset.begin(0)(), dataset.begin(1)())}
 
     assert "broken.avi" in samples["bad_1"]["error"]
     assert "Error" in samples["bad_1"]["error"]
@@ -763,7 +763,7 @@ def test_each_dataset_has_its_own_decoders(numbered, monkeypatch):
         return 100 + n
 
     first = numbered(decode, 40)
-    assert value(first[3]) == 3
+    assert value(first.begin(3)()) == 3
     second = numbered(decode_others, 40)
     positions = [[n] for n in range(40)]
     pairs = zip(g.load_batches(first, positions, 2), g.load_batches(second, positions, 2))
@@ -771,7 +771,7 @@ def test_each_dataset_has_its_own_decoders(numbered, monkeypatch):
         assert value(one) == n
         assert value(other) == 100 + n
         if n == 20:
-            assert value(first[4]) == 4
+            assert value(first.begin(4)()) == 4
 
 
 def test_the_time_limit_is_for_one_sample(numbered, tmp_path):
@@ -788,7 +788,7 @@ def test_the_time_limit_is_for_one_sample(numbered, tmp_path):
 
     dataset = numbered(decode, 9, decode_timeout=1.0, dataloader_num_workers=1)
     for n in range(3):
-        assert value(dataset[n]) == n
+        assert value(dataset.begin(n)()) == n
         if n == 0:
             time.sleep(1.2)
 

@@ -39,6 +39,8 @@ OTHERS = {
     "frames.py": {"samples"},
     "findings.py": {"seeds", "all", "write", "output_dir"},
     "select_records.py": {"pass_rate", "annotations", "output"},
+    "select_chains.py": {"per_question", "annotations", "output"},
+    "evaluation_ranks.py": {"before", "repetitions"},
     "kill_and_resume.py": {"kills", "seed"},
     "same_numbers.py": {"keep"},
     "grpo_step.py": {
@@ -442,9 +444,9 @@ def test_metrics_glossary():
 
 
 def test_rollout_fields():
-    """The fields of rollouts.jsonl are those that judge and finished_rows write."""
+    """The fields of rollouts.jsonl are those that judge, read and finished_rows write."""
     named = named_fields("| field of a prompt |") | named_fields("| field of a completion |")
-    logged = written("grpo_video.py", "judge", "finished_rows")
+    logged = written("grpo_video.py", "judge", "read", "finished_rows")
     assert named == logged | set(ast.literal_eval(assigned("grpo_video.py", "TOKEN_MEANS")))
 
 
@@ -458,7 +460,7 @@ def test_evaluation_fields():
     assert named_fields("| field of a split |") == fields - intervals
     [sentence] = re.findall(r"^(.*) come with an interval each, `…_ci95`\.$", TEXT, re.M)
     assert {f"{name}_ci95" for name in names(sentence)} == intervals
-    assert 'tally(rows, "domain", "category")' in (ROOT / "eval_video.py").read_text()
+    assert 'tally(answers[split], "domain", "category")' in (ROOT / "eval_video.py").read_text()
 
 
 def test_the_evaluations_defaults():

@@ -621,7 +621,7 @@ def test_what_is_saved_loads_in_transformers_4(small, tmp_path, finished, versio
         model = g.load_model(folder, CPU, torch.float32)
         tokenizer = g.AutoTokenizer.from_pretrained(folder)
         c = g.Config(frame_size=56, max_frames=4)
-        sample = g.VideoDataset([record], tokenizer, model.config, c)[0] | dict(kinds=kinds)
+        sample = g.VideoDataset([record], tokenizer, model.config, c).begin(0)() | dict(kinds=kinds)
         completions = random_completions(1, 1, 4)
         inputs = transformers_inputs(model.config, [sample], completions)
         inputs.pop("mm_token_type_ids")  # version 5's

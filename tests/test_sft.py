@@ -118,7 +118,7 @@ def test_held_out_loss(toy, tmp_path, monkeypatch):
     records = s.load_records(more, toy / "data", s.parse_chat)[20:]
     settings = s.Config(max_frames=8, frame_size=56)
     dataset = s.VideoDataset(records, tokenizer, model.config, settings, shuffle=False)
-    samples = [dataset[i] for i in range(6)]
+    samples = [dataset.begin(i)() for i in range(6)]
     with torch.no_grad():
         batch = s.supervise(samples, tokenizer, CPU, torch.float32)
         expected, _ = s.cross_entropy(model, *batch, int(batch[2].sum()))

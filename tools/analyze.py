@@ -49,6 +49,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_video as e
+from grpo_video import gather_rows
 
 
 @dataclass
@@ -205,7 +206,7 @@ def analyze(c, split, rows, records, model, reference, tokenizer, folder):
         analysed = analyze_sample(model, reference, tokenizer, row, sample, kinds, picture)
         found.append((place, analysed))
 
-    in_order = sorted(e.gather_rows([found]), key=lambda pair: pair[0])
+    in_order = sorted(gather_rows([found]), key=lambda pair: pair[0])
     found = [row for _, row in in_order]
     if e.RANK == 0:
         lines = [json.dumps(row) + "\n" for row in found]
