@@ -521,7 +521,8 @@ def policy_products(model, case):
     # Of a query and a key, times the width; a query meets half of its own text on average.
     pairs = c.num_hidden_layers * c.hidden_size * (P * P / 2 + G * C * (P + C / 2))
     slices = sum(t * (h * w) ** 2 for t, h, w in case.prompts.grids)
-    pairs += model.visual.c.depth * model.visual.c.embed_dim * slices
+    vision = model.config.vision_config
+    pairs += vision.depth * vision.embed_dim * slices
 
     # Four patches make a row of the merger's.
     tower = parameters(model.visual) - 0.75 * parameters(model.visual.merger)
