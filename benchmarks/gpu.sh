@@ -37,7 +37,7 @@ section() {
 section 420 'The same numbers' python -m pytest -q --tb=short tests/test_cuda.py
 
 for size in 2b 7b; do
-    section 270 "A step in three ways, $size" python benchmarks/grpo_step.py --device cuda \
+    section 270 "A step in four ways, $size" python benchmarks/grpo_step.py --device cuda \
         --size $size --shapes 933:8:256 --repetitions 1 --gradient_checkpointing
 done
 

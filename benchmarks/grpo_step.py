@@ -1,4 +1,4 @@
-"""A GRPO step of grpo_video.py beside the two ways it is otherwise done.
+"""A GRPO step of grpo_video.py beside the three ways it is otherwise done.
 
 All have the same random weights, tokens and loss.
 
@@ -7,14 +7,14 @@ All have the same random weights, tokens and loss.
     python benchmarks/grpo_step.py --size tiny --prompts 16  # 16 prompts together, and one by one
     python benchmarks/grpo_step.py --device cuda --size 2b --gradient_checkpointing
 
-ours            grpo_video.py: the prompt once for its group of G, logits at the completions alone,
-                entropies too.
-released        as the released code does it, with transformers: G calls of `generate`, one row
-                each; then G rows of prompt and completion, the pixels G times, logits at every
-                position, log_softmax row by row.
-repeated rows   one `generate` over G equal rows; then the same forward, which is measured once for
-                both. With --logits_to_keep its forward is its own and makes logits at the last
-                C + 1 positions alone, as newer versions of TRL do.
+ours                 grpo_video.py: the prompt once for its group of G, logits at the completions
+                     alone, entropies too.
+released             as the released code does it, with transformers: G calls of `generate`, one row
+                     each; then G rows of prompt and completion, the pixels G times, logits at every
+                     position, log_softmax row by row.
+repeated rows        one `generate` over G equal rows; then released's forward.
+completions' logits  repeated rows, but logits at the last C + 1 positions alone, as newer versions
+                     of TRL make them.
 
 All have a KV cache, SDPA attention, no dropout, sample at temperature 1 without top-k and top-p,
 and write exactly C tokens. On CUDA the baselines' log_softmax is in bf16, as in the released code,
@@ -22,8 +22,10 @@ and ours in fp32: log-probs differ by that too.
 
 Phases: the rollout; the reference's forward; the policy's forward, loss and backward. The step is
 their sum, without optimizer or data. Times are medians of interleaved repetitions, after a small
-warm-up. Memory is a phase's highest peak above what was there before it: allocated on CUDA; on CPU
-resident, where Linux resets the high-water mark and glibc returns what is free.
+warm-up. What two ways share is run once for both, and what released and repeated rows alone run, in
+one of three repetitions: it takes minutes. Memory is a phase's highest peak above what was there
+before it: allocated on CUDA; on CPU resident, where Linux resets the high-water mark and glibc
+returns what is free.
 
 Dimensions: B prompts, G completions of each, P prompt tokens, C completion tokens, D width,
 V vocabulary.
@@ -54,7 +56,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo_video as g
 
 PHASES = ROLLOUT, REFERENCE, POLICY = "rollout", "reference forward", "policy forward + backward"
-WAYS = OURS, RELEASED, REPEATED = "ours", "released", "repeated rows"
+WAYS = OURS, RELEASED, REPEATED, KEPT = "ours", "released", "repeated rows", "completions' logits"
+SLOW = {RELEASED, REPEATED}  # what they alone run, is run in one of three repetitions
 
 
 class Size(NamedTuple):
@@ -336,17 +339,15 @@ def their_phases(hf, case, rows_at_once, **keep):
     return {ROLLOUT: rollout, REFERENCE: reference, POLICY: policy}
 
 
-def three_ways(ours, hf, case, logits_to_keep):
-    """-> {way: (model, {phase: function})}."""
+def four_ways(ours, hf, case):
+    """-> {way: (model, {phase: function})}. Repeated rows has no function of its own."""
     released = their_phases(hf, case, 1)
-    if logits_to_keep:
-        repeated = their_phases(hf, case, case.G, logits_to_keep=case.C + 1)
-    else:  # the forward is the same function, which run_ways measures once
-        repeated = released | {ROLLOUT: their_phases(hf, case, case.G)[ROLLOUT]}
+    kept = their_phases(hf, case, case.G, logits_to_keep=case.C + 1)
     return {
         OURS: (ours, our_phases(ours, [case])),
         RELEASED: (hf, released),
-        REPEATED: (hf, repeated),
+        REPEATED: (hf, released | {ROLLOUT: kept[ROLLOUT]}),
+        KEPT: (hf, kept),
     }
 
 
@@ -404,39 +405,43 @@ def distances(model, phase, logp, standard):
 
 
 def run_ways(ways, repetitions, device):
-    """ways {name: (model, {phase: function})} -> rows, as summarize makes them."""
-    costs = defaultdict(list)  # (phase, way): (seconds, peak) of each repetition
+    """ways {name: (model, {phase: function})} -> rows, as summarize makes them.
+
+    A function that several ways share is run once for all of them.
+    """
+    costs = defaultdict(list)  # (phase, way): (seconds, peak) of each run
     apart = {}  # (phase, way): the largest differences of a log-prob and of a gradient
     standard = {}
-    for _, phase in itertools.product(range(repetitions), PHASES):
-        first = {}  # a function: the way that ran it
-        for way, (model, phases) in ways.items():
-            run = phases[phase]
-            key = (phase, way)
-            if run in first:  # this function was another way's too
-                same = (phase, first[run])
-                costs[key].append(costs[same][-1])
-                apart[key] = apart.get(same, (None, None))
-                continue
-            first[run] = way
+    for repetition, phase in itertools.product(range(repetitions), PHASES):
+        names = defaultdict(list)  # {function: the ways that run it}
+        for way, (_, phases) in ways.items():
+            names[phases[phase]].append(way)
 
-            for other, _ in ways.values():
-                other.zero_grad()
+        for run, sharing in names.items():
+            if repetition % 3 and SLOW.issuperset(sharing):
+                continue
+            for model, _ in ways.values():
+                model.zero_grad()
             with torch.set_grad_enabled(phase == POLICY):
                 result, seconds, peak = measure(run, device)
-            costs[key].append((seconds, peak))
+            for way in sharing:
+                costs[phase, way].append((seconds, peak))
+
             if phase == ROLLOUT or result is None:
                 continue
-            logp_apart, gradient_apart = distances(model, phase, result, standard)
-            before = apart.get(key, (0, 0))
-            apart[key] = max(before[0], logp_apart), max(before[1], gradient_apart)
+            model, _ = ways[sharing[0]]
+            found = distances(model, phase, result, standard)
+            for way in sharing:
+                before = apart.get((phase, way), (0, 0))
+                apart[phase, way] = tuple(map(max, before, found))
     return summarize(list(ways), costs, apart)
 
 
 def summarize(ways, costs, apart):
     """-> rows: a dict for each phase, and for their sum, and each way.
 
-    It has the median seconds, the peak bytes, and the largest differences to the first way.
+    It has the median seconds, of how many runs, the peak bytes, and the largest differences to the
+    first way.
     """
     rows = []
     for phase, way in itertools.product(PHASES, ways):
@@ -447,6 +452,7 @@ def summarize(ways, costs, apart):
                 phase=phase,
                 way=way,
                 seconds=statistics.median(seconds),
+                runs=len(seconds),
                 peak=max(peaks),
                 logp_apart=logp_apart,
                 gradient_apart=gradient_apart if phase == POLICY else None,
@@ -460,6 +466,7 @@ def summarize(ways, costs, apart):
                 phase="step",
                 way=way,
                 seconds=sum(row["seconds"] for row in parts),
+                runs=min(row["runs"] for row in parts),
                 peak=max(row["peak"] for row in parts),
                 logp_apart=max(row["logp_apart"] or 0 for row in parts),
                 gradient_apart=parts[-1]["gradient_apart"],
@@ -563,6 +570,7 @@ COLUMNS = (
     "phase",
     "way",
     "seconds",
+    "runs",
     "tokens/s",
     "peak MiB",
     "× the seconds",
@@ -596,6 +604,7 @@ def print_table(title, rows, tokens):
             row["phase"],
             row["way"],
             cell(row["seconds"], ".3g"),
+            str(row["runs"]),
             cell(tokens / row["seconds"], ".0f"),
             cell(row["peak"] / 2**20, ".0f"),
         ]
@@ -644,14 +653,15 @@ def write_svg(path, title, rows):
     ways = list(dict.fromkeys(row["way"] for row in rows))
     longest = max(row["seconds"] for row in rows)
     colours = dict(zip(PHASES, ("#2f81f7", "#d29922", "#2da44e")))
+    bottom = 56 + 34 * len(ways)
     out = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 190" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 790 {bottom + 32}" '
         'font-family="sans-serif" font-size="13" fill="#808080">',
         f'<text x="10" y="20" font-weight="bold">{title}</text>',
     ]
     for i, way in enumerate(ways):
-        x, y = 120.0, 40 + 34 * i
-        out.append(f'<text x="110" y="{y + 16}" text-anchor="end">{way}</text>')
+        x, y = 150.0, 40 + 34 * i
+        out.append(f'<text x="140" y="{y + 16}" text-anchor="end">{way}</text>')
         for phase, colour in colours.items():
             seconds = seconds_of(rows, phase, way)
             width = 560 * seconds / longest
@@ -663,10 +673,10 @@ def write_svg(path, title, rows):
         total = seconds_of(rows, "step", way)
         out.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{total:.1f} s</text>')
 
-    for phase, colour, x in zip(PHASES, colours.values(), (120, 210, 360)):
+    for phase, colour, x in zip(PHASES, colours.values(), (150, 240, 390)):
         out.append(
-            f'<rect x="{x}" y="158" width="12" height="12" fill="{colour}"/>'
-            f'<text x="{x + 18}" y="169">{phase}</text>'
+            f'<rect x="{x}" y="{bottom}" width="12" height="12" fill="{colour}"/>'
+            f'<text x="{x + 18}" y="{bottom + 11}">{phase}</text>'
         )
     path.write_text("\n".join([*out, "</svg>\n"]))
 
@@ -696,13 +706,8 @@ def parse_arguments():
     add("--device", choices=("cpu", "cuda"), default="cpu", help="fp32 on cpu, bf16 on cuda")
     add("--size", choices=SIZES, default="mid", help="of the model; 2b and 7b have the true shapes")
     add("--shapes", nargs="+", type=shape, metavar="P:G:C", help="default: the size's own")
-    add("--repetitions", type=int, default=3, help="of everything; times are medians")
+    add("--repetitions", type=int, default=3, help="times are medians; see above")
     add("--gradient_checkpointing", action="store_true", help="in all ways; default: in none")
-    add(
-        "--logits_to_keep",
-        action="store_true",
-        help="for repeated rows: logits at the completions alone",
-    )
     add("--sweep", action="store_true", help="other shapes: how the cost grows with P, G and C")
     add(
         "--prompts",
@@ -757,7 +762,7 @@ def main():
         return make_case(ours.config, samples, G, C, device, dtype)
 
     warm_up = case_of(math.prod(size.still) // 4 + 20, 2, 4, [0])
-    run_ways(three_ways(ours, hf, warm_up, True), 1, device)
+    run_ways(four_ways(ours, hf, warm_up), 1, device)
 
     results = {}
     for P, G, C in shapes:
@@ -769,7 +774,7 @@ def main():
                 "one after the other": (ours, our_phases(ours, alone)),
             }
         else:
-            ways = three_ways(ours, hf, case, args.logits_to_keep)
+            ways = four_ways(ours, hf, case)
         if args.sweep and args.device == "cpu" and G * (P + C) > SWEEP_LIMIT:
             ways = {OURS: ways[OURS]}
 

@@ -50,7 +50,6 @@ OTHERS = {
         "plot",
         "sweep",
         "repetitions",
-        "logits_to_keep",
         "prompts",
     },
     "input_pipeline.py": {"train", "readers"},
