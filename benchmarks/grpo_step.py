@@ -4,6 +4,7 @@ All have the same random weights, tokens and loss.
 
     python benchmarks/grpo_step.py       # 47M parameters, CPU: under 5 minutes on two cores
     python benchmarks/grpo_step.py --sweep --repetitions 1   # how the cost grows with P, G and C
+    python benchmarks/grpo_step.py --peer trl                # and TRL's GRPOTrainer, if installed
     python benchmarks/grpo_step.py --size tiny --prompts 16  # 16 prompts together, and one by one
     python benchmarks/grpo_step.py --device cuda --size 2b --gradient_checkpointing
 
@@ -15,6 +16,7 @@ released             as the released code does it, with transformers: G calls of
 repeated rows        one `generate` over G equal rows; then released's forward.
 completions' logits  repeated rows, but logits at the last C + 1 positions alone, as newer versions
                      of TRL make them.
+TRL                  with --peer trl alone, the trainer itself: peer_trl.py says what of it is run.
 
 All have a KV cache, SDPA attention, no dropout, sample at temperature 1 without top-k and top-p,
 and write exactly C tokens. On CUDA the baselines' log_softmax is in bf16, as in the released code,
@@ -43,6 +45,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -57,6 +60,8 @@ import grpo_video as g
 
 PHASES = ROLLOUT, REFERENCE, POLICY = "rollout", "reference forward", "policy forward + backward"
 WAYS = OURS, RELEASED, REPEATED, KEPT = "ours", "released", "repeated rows", "completions' logits"
+TRL = "TRL"
+TRL_VERSION = "1.16.0"  # whose private methods peer_trl.py calls
 SLOW = {RELEASED, REPEATED}  # what they alone run, is run in one of three repetitions
 
 
@@ -349,6 +354,13 @@ def four_ways(ours, hf, case):
         REPEATED: (hf, released | {ROLLOUT: kept[ROLLOUT]}),
         KEPT: (hf, kept),
     }
+
+
+def trl_way(hf, case, checkpointing):
+    """-> (model, {phase: function}) of TRL's trainer."""
+    from peer_trl import trl_phases
+
+    return hf, dict(zip(PHASES, trl_phases(hf, case, checkpointing)))
 
 
 # ---- Measuring ----
@@ -715,9 +727,12 @@ def parse_arguments():
         default=1,
         help="ours only: B, of P, P-1 ... tokens, together and alone",
     )
+    add("--peer", choices=("trl",), help=f"measure the package too: needs trl {TRL_VERSION}")
     add("--json", type=Path, help="write all numbers to this file")
     add("--plot", type=Path, help="write the first shape's step times to this SVG file")
     args = parser.parse_args()
+    if args.peer:
+        check_peer(args)
 
     if args.sweep:
         shapes = list(dict.fromkeys(itertools.chain(*SWEEP.values())))
@@ -731,6 +746,21 @@ def parse_arguments():
                 "G must be at least 2, C 3"
             )
     return args, shapes
+
+
+def check_peer(args):
+    """Ends the program if TRL is not there, or not the version that peer_trl.py was written for."""
+    if args.sweep or args.prompts > 1:
+        g.fail("--peer trl: takes one prompt and one step; leave out --sweep and --prompts")
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if found != TRL_VERSION:
+        g.fail(
+            f"--peer trl: needs trl {TRL_VERSION}, found {found}; "
+            f"pip install trl=={TRL_VERSION} brings it"
+        )
 
 
 def device_name(device):
@@ -761,8 +791,14 @@ def main():
         samples = [make_sample(ours.config, P - b, size.clip, size.still, b) for b in prompts]
         return make_case(ours.config, samples, G, C, device, dtype)
 
+    def ways_of(case):
+        ways = four_ways(ours, hf, case)
+        if args.peer:
+            ways[TRL] = trl_way(hf, case, args.gradient_checkpointing)
+        return ways
+
     warm_up = case_of(math.prod(size.still) // 4 + 20, 2, 4, [0])
-    run_ways(four_ways(ours, hf, warm_up), 1, device)
+    run_ways(ways_of(warm_up), 1, device)
 
     results = {}
     for P, G, C in shapes:
@@ -774,7 +810,7 @@ def main():
                 "one after the other": (ours, our_phases(ours, alone)),
             }
         else:
-            ways = four_ways(ours, hf, case)
+            ways = ways_of(case)
         if args.sweep and args.device == "cpu" and G * (P + C) > SWEEP_LIMIT:
             ways = {OURS: ways[OURS]}
 

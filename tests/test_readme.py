@@ -50,6 +50,7 @@ OTHERS = {
         "plot",
         "sweep",
         "repetitions",
+        "peer",
         "prompts",
     },
     "input_pipeline.py": {"train", "readers"},
