@@ -75,7 +75,7 @@ def make_trainer(hf, case, checkpointing):
     with TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
         hf.config._name_or_path = folder  # where it looks for its reference
-        return GRPOTrainer(
+        trainer = GRPOTrainer(
             model=hf,
             # Rewards that are their advantages already.
             reward_funcs=lambda prompts, **_: case.advantages[0].tolist(),
@@ -102,6 +102,10 @@ def make_trainer(hf, case, checkpointing):
             train_dataset=Dataset.from_list([row]),
             processing_class=PreparedPrompt(case),
         )
+        # Else the first forward would read them from the file, and they would count as its memory.
+        for weight in trainer.ref_model.parameters():
+            weight.data = weight.data.clone()
+        return trainer
 
 
 def trl_phases(hf, case, checkpointing):
