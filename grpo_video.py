@@ -279,7 +279,8 @@ def token_weights(mask, loss_type, sequences, tokens, max_completion_length):
 
 def entropy_of(logits, log_z, targets):
     """-Σ p log p of softmax(logits); logits [N, V], their log-sum-exp log_z [N] -> [N]."""
-    return log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(-1)
+    p = (logits - log_z[:, None]).exp_()  # in place: as large as all logits
+    return log_z - p.mul_(logits).sum(-1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -719,7 +720,7 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
 
     # The prompts, once: their keys and values fill the cache.
     cache = KVCache(prompts, G, C)
-    model.decoder(model.embed_prompts(prompts), prompts.positions.flatten(1), cache)
+    model.decoder(model.embed(prompts), prompts.positions.flatten(1), cache)
 
     # The state of decoding, [B*G] or [B*G, C]. The prompts' last tokens open the completions.
     token = prompts.last.repeat_interleave(G)
@@ -734,10 +735,9 @@ def generate(model, prompts, G, C, end_ids, seeds, temperature=1.0):
         positions = (position + cache.column).expand(3, -1)
         x = model.decoder(model.model.embed_tokens(token), positions, cache)
         drawn = uniform.index_select(1, cache.column)[:, 0]
-        logits = model.logits(x)
-        token.copy_(pick(logits, drawn, temperature))
-        nll = F.cross_entropy(logits / (temperature or 1), token, reduction="none")
-        logp.index_copy_(1, cache.column, -nll[:, None])
+        log_probs = model.logits(x).div_(temperature or 1).log_softmax(-1)
+        token.copy_(pick(log_probs, drawn, temperature == 0))
+        logp.index_copy_(1, cache.column, log_probs.gather(1, token[:, None]))
         shown = torch.where(ended, ends[0], token)
         out.index_copy_(1, cache.column, shown[:, None])
         ended.logical_or_(torch.isin(token, ends))
@@ -805,18 +805,17 @@ class KVCache:
         return out.flatten(2, 3).flatten(0, 1)  # [B*G, H, E]
 
 
-def pick(logits, uniform, temperature):
-    """logits [N, V] fp32, uniform [N] float64 in [0, 1) -> ids [N]. Greedy at temperature 0.
+def pick(log_probs, uniform, greedy):
+    """log_probs [N, V] fp32, uniform [N] float64 in [0, 1) -> ids [N].
 
-    Otherwise the cumulative distribution is inverted at `uniform`, so that a row's tokens come from
-    its own numbers, whatever shares its batch."""
-    if temperature == 0:
-        return logits.argmax(-1)
+    Unless greedy the cumulative distribution is inverted at `uniform`, so that a row's tokens come
+    from its own numbers, whatever shares its batch."""
+    if greedy:
+        return log_probs.argmax(-1)
 
-    probs = (logits / temperature).softmax(-1)
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return place[:, 0].clamp(max=probs.shape[1] - 1)
+    return place[:, 0].clamp(max=log_probs.shape[1] - 1)
 
 
 def completion_mask(ids, end_ids):
@@ -857,9 +856,9 @@ class Qwen2VL(nn.Module):
         targets = completions.flatten()
         score = self.score
 
-        # Logits at the completions' positions alone, 2^26 (256 MB) at a time; none of several
+        # Logits at the completions' positions alone, 2^27 (512 MB) at a time; none of several
         # pieces is kept for the backward pass.
-        rows = max(1, 2**26 // self.config.text_config.vocab_size)
+        rows = max(1, 2**27 // self.config.text_config.vocab_size)
         if len(targets) > rows and torch.is_grad_enabled():
             score = partial(checkpoint, score, use_reentrant=False)
         parts = zip(states.split(rows), targets.split(rows))
@@ -898,22 +897,23 @@ class Qwen2VL(nn.Module):
         G, C = completions.shape[1:]
         first = prompts.last[:, None, None].expand(-1, G, 1)
         inputs = torch.cat((first, completions[:, :, :-1]), dim=2)  # [B, G, C]
-        prompt_x = self.embed_prompts(prompts)
-        own_x = self.model.embed_tokens(inputs).flatten(0, 2)
-        x = torch.cat((prompt_x, own_x))  # [B*P + B*G*C, D]
+        x = self.embed(prompts, inputs)  # [B*P + B*G*C, D]
 
         after = prompts.last_position[:, None] + torch.arange(C, device=inputs.device)
         after = after.repeat_interleave(G, 0).flatten().expand(3, -1)
         positions = torch.cat((prompts.positions.flatten(1), after), dim=1)
         return self.decoder(x, positions, packed_attention(prompts, G, C))
 
-    def embed_prompts(self, prompts):
-        """-> [B*P, D]; vision features go only to the prompts' own placeholders (trap 12)."""
-        x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
+    def embed(self, prompts, *completions):
+        """-> [B*P + the completions' tokens, D]. Vision features go only to the prompts' own
+        placeholders (trap 12)."""
+        ids = torch.cat([z.flatten() for z in (prompts.ids, *completions)])
+        x = self.model.embed_tokens(ids)
         features = self.visual(prompts.patches, prompts.grids, self.run)
         images = prompts.ids == self.config.image_token_id
         videos = prompts.ids == self.config.video_token_id
-        return x.masked_scatter((images | videos).view(-1, 1), features.to(x.dtype))
+        media = F.pad((images | videos).flatten(), (0, len(ids) - prompts.ids.numel()))
+        return x.masked_scatter(media[:, None], features.to(x.dtype))
 
     def decoder(self, x, positions, attend):
         """Rows x [N, D] at positions [3, N] -> those that attend(layer, q, k, v) lets go on; the

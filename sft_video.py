@@ -400,9 +400,9 @@ class Qwen2VL(nn.Module):
         targets = completions.flatten()
         score = self.score
 
-        # Logits at the completions' positions alone, 2^26 (256 MB) at a time; none of several
+        # Logits at the completions' positions alone, 2^27 (512 MB) at a time; none of several
         # pieces is kept for the backward pass.
-        rows = max(1, 2**26 // self.config.text_config.vocab_size)
+        rows = max(1, 2**27 // self.config.text_config.vocab_size)
         if len(targets) > rows and torch.is_grad_enabled():
             score = partial(checkpoint, score, use_reentrant=False)
         parts = zip(states.split(rows), targets.split(rows))
@@ -441,22 +441,23 @@ class Qwen2VL(nn.Module):
         G, C = completions.shape[1:]
         first = prompts.last[:, None, None].expand(-1, G, 1)
         inputs = torch.cat((first, completions[:, :, :-1]), dim=2)  # [B, G, C]
-        prompt_x = self.embed_prompts(prompts)
-        own_x = self.model.embed_tokens(inputs).flatten(0, 2)
-        x = torch.cat((prompt_x, own_x))  # [B*P + B*G*C, D]
+        x = self.embed(prompts, inputs)  # [B*P + B*G*C, D]
 
         after = prompts.last_position[:, None] + torch.arange(C, device=inputs.device)
         after = after.repeat_interleave(G, 0).flatten().expand(3, -1)
         positions = torch.cat((prompts.positions.flatten(1), after), dim=1)
         return self.decoder(x, positions, packed_attention(prompts, G, C))
 
-    def embed_prompts(self, prompts):
-        """-> [B*P, D]; vision features go only to the prompts' own placeholders (trap 12)."""
-        x = self.model.embed_tokens(prompts.ids).flatten(0, 1)
+    def embed(self, prompts, *completions):
+        """-> [B*P + the completions' tokens, D]. Vision features go only to the prompts' own
+        placeholders (trap 12)."""
+        ids = torch.cat([z.flatten() for z in (prompts.ids, *completions)])
+        x = self.model.embed_tokens(ids)
         features = self.visual(prompts.patches, prompts.grids, self.run)
         images = prompts.ids == self.config.image_token_id
         videos = prompts.ids == self.config.video_token_id
-        return x.masked_scatter((images | videos).view(-1, 1), features.to(x.dtype))
+        media = F.pad((images | videos).flatten(), (0, len(ids) - prompts.ids.numel()))
+        return x.masked_scatter(media[:, None], features.to(x.dtype))
 
     def decoder(self, x, positions, attend):
         """Rows x [N, D] at positions [3, N] -> those that attend(layer, q, k, v) lets go on; the

@@ -530,22 +530,27 @@ def decoding_numbers(model, case):
     return (C - 2) * weights + a_position * positions
 
 
-def policy_products(model, case):
-    """-> multiplications of the policy's forward in matrix products, on unique tokens."""
+def policy_products(model, case, shared=True):
+    """-> multiplications of the policy's forward in matrix products.
+
+    On unique tokens, where the prompt is shared, or on G whole rows; logits at the completions.
+    """
     G, C, c = case.G, case.C, model.config.text_config
     P = len(case.ids)
-    text = parameters(model.model.layers) * (P - 1 + G * C)
     head = c.vocab_size * c.hidden_size * G * C
+    prompts = 1 if shared else G
+    rows = P - 1 + G * C if shared else G * (P + C)
+    text = parameters(model.model.layers) * rows
 
     # Of a query and a key, times the width; a query meets half of its own text on average.
-    pairs = c.num_hidden_layers * c.hidden_size * (P * P / 2 + G * C * (P + C / 2))
+    pairs = c.num_hidden_layers * c.hidden_size * (prompts * P * P / 2 + G * C * (P + C / 2))
     slices = sum(t * (h * w) ** 2 for t, h, w in case.prompts.grids)
     vision = model.config.vision_config
-    pairs += vision.depth * vision.embed_dim * slices
+    pairs += prompts * vision.depth * vision.embed_dim * slices
 
     # Four patches make a row of the merger's.
     tower = parameters(model.visual) - 0.75 * parameters(model.visual.merger)
-    return text + head + 2 * pairs + tower * len(case.prompts.patches)
+    return text + head + 2 * pairs + prompts * tower * len(case.prompts.patches)
 
 
 def print_bounds(model, case, rows, device, dtype):
@@ -574,6 +579,8 @@ def print_bounds(model, case, rows, device, dtype):
         f"Policy: {operations / 1e12:.2f} Tflop on unique tokens at {rate / 1e12:.2f} Tflop/s, "
         f"{n}³ in {dtype}: {share:.0%} of it reached."
     )
+    times = policy_products(model, case, shared=False) / policy_products(model, case)
+    print(f"G whole rows with the completions' logits have {times:.2f} times the products.")
 
 
 # ---- Tables and the drawing ----

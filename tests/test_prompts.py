@@ -611,7 +611,7 @@ def test_vision_features_only_in_the_prompts_placeholders(tiny_model, monkeypatc
     text = make_sample(c, 4, seed=1)
     prompts = collate(both, text)
 
-    x = model.embed_prompts(prompts).view(2, -1, 64)
+    x = model.embed(prompts).view(2, -1, 64)
     features = model.visual(prompts.patches, prompts.grids, model.run)
     vision = torch.isin(prompts.ids, torch.tensor([c.image_token_id, c.video_token_id]))
     assert vision.sum() == len(features) == 12
@@ -626,7 +626,7 @@ def test_vision_features_only_in_the_prompts_placeholders(tiny_model, monkeypatc
     said, _ = g.generate(model, prompts, 2, 4, [396, 395], [0, 1])
     assert said.tolist() == [[[c.video_token_id] * 4, [c.image_token_id] * 4]] * 2
     assert model(prompts, said).isfinite().all()
-    assert torch.equal(model.embed_prompts(prompts).view(2, -1, 64), x)
+    assert torch.equal(model.embed(prompts).view(2, -1, 64), x)
 
     # With a word's embedding, it is that word.
     embeddings = model.model.embed_tokens.weight

@@ -346,11 +346,17 @@ def test_reward(text, gold, weight, reward, answer):
 
 
 # ---- pick ----------------------------------------------------------------------------------------
+def pick(logits, uniform, temperature):
+    """g.pick as generate calls it."""
+    log_probs = (logits / (temperature or 1)).log_softmax(-1)
+    return g.pick(log_probs, uniform, temperature == 0)
+
+
 def draw(logits, n=40000, temperature=1.0, seed=0):
     """-> how often each token of logits [V] is picked at n uniform numbers."""
     uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rows = torch.as_tensor(logits).float().expand(n, -1)
-    ids = g.pick(rows, uniform, temperature)
+    ids = pick(rows, uniform, temperature)
     return torch.bincount(ids, minlength=len(logits))
 
 
@@ -397,8 +403,8 @@ def test_pick_is_greedy_at_temperature_0():
     """
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.0]])
     uniform = torch.tensor([0.0, LAST], dtype=torch.float64)
-    assert g.pick(logits, uniform, 0).tolist() == [1, 0]
-    assert g.pick(logits, uniform.flip(0), 0).tolist() == [1, 0]
+    assert pick(logits, uniform, 0).tolist() == [1, 0]
+    assert pick(logits, uniform.flip(0), 0).tolist() == [1, 0]
     assert chi_square(draw([3.0, 0.0, -3.0], temperature=1e4), torch.ones(3) / 3) < 4
 
 
@@ -421,7 +427,7 @@ def test_pick_at_the_ends(probs):
     """
     logits = torch.tensor(probs).log().expand(3, -1)
     uniform = torch.tensor([0, 0.5, LAST], dtype=torch.float64)
-    first, middle, last = g.pick(logits, uniform, 1.0).tolist()
+    first, middle, last = pick(logits, uniform, 1.0).tolist()
     assert min(probs[first], probs[middle], probs[last]) > 0
     assert first <= middle <= last
     if max(probs) < 1:
@@ -436,10 +442,10 @@ def test_pick_rows_are_their_own():
     logits = torch.randn(64, 300)
     uniform = torch.rand(64, dtype=torch.float64)
     for temperature in (1.0, 0.7):
-        whole = g.pick(logits, uniform, temperature)
+        whole = pick(logits, uniform, temperature)
         order = torch.randperm(64)
-        assert torch.equal(g.pick(logits[order], uniform[order], temperature), whole[order])
-        alone = [g.pick(x[None], u[None], temperature) for x, u in zip(logits, uniform)]
+        assert torch.equal(pick(logits[order], uniform[order], temperature), whole[order])
+        alone = [pick(x[None], u[None], temperature) for x, u in zip(logits, uniform)]
         assert torch.equal(torch.cat(alone), whole)
 
 
@@ -511,9 +517,9 @@ def drawn_and_scored(monkeypatch, model, prompts, G, C, ends, temperature=1.0):
     steps = []  # log-probs [B*G, V]
     pick = g.pick
 
-    def watch(logits, uniform, T, *rest):
-        steps.append((logits / T).log_softmax(-1))
-        return pick(logits, uniform, T, *rest)
+    def watch(log_probs, uniform, greedy):
+        steps.append(log_probs)
+        return pick(log_probs, uniform, greedy)
 
     monkeypatch.setattr(g, "pick", watch)
     out, said = g.generate(model, prompts, G, C, ends, range(len(prompts.ids)), temperature)
