@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
-FLAGS = "--toy --do_sample --temperature 1.5 --max_completion_length 256 --batch_size 8"
+FLAGS = "--toy --do_sample --temperature 2.5 --max_completion_length 256 --batch_size 8"
 
 
 def time_a_rank(tree, folder):
