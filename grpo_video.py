@@ -911,8 +911,8 @@ class Qwen2VL(nn.Module):
         x = self.model.embed_tokens(ids)
         features = self.visual(prompts.patches, prompts.grids, self.run)
         images = prompts.ids == self.config.image_token_id
-        videos = prompts.ids == self.config.video_token_id
-        media = F.pad((images | videos).flatten(), (0, len(ids) - prompts.ids.numel()))
+        media = images | (prompts.ids == self.config.video_token_id)
+        media = F.pad(media.flatten(), (0, len(ids) - prompts.ids.numel()))
         return x.masked_scatter(media[:, None], features.to(x.dtype))
 
     def decoder(self, x, positions, attend):
@@ -1166,8 +1166,10 @@ def load_model(folder, device, dtype, wrap=lambda model: model):
     try:
         config = AutoConfig.from_pretrained(folder)
         found = reader.read_metadata().state_dict_metadata
-        problem = f"model_type {config.model_type!r} in config.json, must be 'qwen2_vl'"
-        must(config.model_type == "qwen2_vl", problem)
+        must(
+            config.model_type == "qwen2_vl",
+            f"model_type {config.model_type!r} in config.json, must be 'qwen2_vl'",
+        )
         must(found, "it holds no model.safetensors, nor shards of it")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         fail(f"--model {folder}: no readable checkpoint: {str(error).splitlines()[0]}")
@@ -1435,8 +1437,7 @@ class VideoDataset:
             response = self.tokenizer(record.get("response", ""), add_special_tokens=False)
             try:
                 _, ids = self.encode(record, record.get("choices") or drawn, grids)
-                length = len(ids) + len(response.input_ids)
-                lengths[record["sample_id"]] = length
+                length = lengths[record["sample_id"]] = len(ids) + len(response.input_ids)
                 must(length <= limit, f"up to {length} tokens, over the limit of {limit}")
             except ValueError as error:
                 problems.append(f"sample_id {record['sample_id']}: {error}")
@@ -2136,7 +2137,7 @@ def load_tokenizer(folder):
     """A model folder's tokenizer; its chat template may stand in a file of its own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = folder / "chat_template.json"
-    if template.is_file():
+    if not tokenizer.chat_template and template.is_file():
         tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
     return tokenizer
 
