@@ -656,6 +656,10 @@ def test_a_chat_template_in_a_file_of_its_own(toy, tmp_path):
     (model / "chat_template.json").write_text(json.dumps(dict(chat_template=template)))
     assert g.load_tokenizer(model).chat_template == template
 
+    # The tokenizer's own comes first.
+    (model / "chat_template.jinja").write_text("its own")
+    assert g.load_tokenizer(model).chat_template == "its own"
+
 
 # ---- Media ---------------------------------------------------------------------------------------
 def avi(folder, frames=FRAMES, declared=None):
